@@ -1,0 +1,7 @@
+"""What a run counts: tokens, rows per optimizer step, and losses as sums with their denominators. No Lightning here."""
+
+from lit_interns1.training.global_batch import GlobalBatch
+from lit_interns1.training.summed_loss import LossWindow, SummedLoss
+from lit_interns1.training.token_clock import TokenClockState, TokenCounts, count_tokens
+
+__all__ = ["GlobalBatch", "LossWindow", "SummedLoss", "TokenClockState", "TokenCounts", "count_tokens"]
