@@ -37,7 +37,7 @@ class GlobalBatch:
         rows_per_pass = self.micro_batch_rows * self.data_parallel_size
         if self.rows_per_step % rows_per_pass:
             raise ValueError(
-                f"the global batch of {self.rows_per_step} rows is not divisible by micro-batch × data-parallel ranks = "
+                f"the global batch of {self.rows_per_step} rows is not divisible by micro-batch × ranks = "
                 f"{self.micro_batch_rows} × {self.data_parallel_size} = {rows_per_pass}"
             )
 

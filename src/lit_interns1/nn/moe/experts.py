@@ -1,0 +1,63 @@
+"""The routed experts of one layer: SwiGLU networks stored as two stacks.
+
+    E_e(x) = W_down[e] ( silu(W_gate[e] x) ⊙ W_up[e] x )
+
+Stacks have the experts in front, so expert parallelism shards dimension 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lit_interns1.nn.initialization import Distribution, Normal
+from lit_interns1.nn.moe.dispatch import RoutedRows
+from lit_interns1_kernels.routed_swiglu import ExpertBackend, check_grouped_mm_sizes, routed_swiglu
+
+
+class RoutedExperts(nn.Module):
+    """E SwiGLU experts.
+
+    Args:
+        num_experts: E.
+        hidden_size: D.
+        intermediate_size: I of one expert.
+        backend: "grouped_mm" (fast) or "loop" (one expert after the other, the reference).
+        initializer_std: Standard deviation of the initial weights.
+
+    Raises:
+        ValueError: If a size does not suit the back-end.
+    """
+
+    def __init__(
+        self, num_experts: int, hidden_size: int, intermediate_size: int,
+        backend: ExpertBackend = "grouped_mm", initializer_std: float = 0.02,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if backend not in ("grouped_mm", "loop"):
+            raise ValueError(f"expert backend {backend!r} is unknown: choose grouped_mm or loop")
+        if backend == "grouped_mm" and (problem := check_grouped_mm_sizes(hidden_size, intermediate_size)):
+            raise ValueError(f"expert backend 'grouped_mm': {problem}; change the size or choose backend 'loop'")
+        self.num_experts, self.backend, self.initializer_std = num_experts, backend, initializer_std
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+
+    def parameter_distribution(self, name: str) -> Distribution:
+        """Normal."""
+        return Normal(self.initializer_std)
+
+    def forward(self, rows: RoutedRows) -> Tensor:
+        """Rows grouped by expert → (S, D), weighted and summed per source row."""
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if torch.is_autocast_enabled(rows.x_SD.device.type):
+            dtype = torch.get_autocast_dtype(rows.x_SD.device.type)
+            rows.x_SD, gate_up, down = rows.x_SD.to(dtype), gate_up.to(dtype), down.to(dtype)
+        return routed_swiglu(
+            rows.x_SD, gate_up, down, rows.row_index_R, rows.offsets_E, rows.row_weight_R,
+            has_tail=rows.has_tail, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Shown by print()."""
+        experts, hidden, intermediate = self.down_proj.shape
+        return f"experts={experts}, hidden={hidden}, intermediate={intermediate}, backend={self.backend}"

@@ -1,0 +1,72 @@
+"""What one router did in one forward pass: the one source of counts for losses, metrics and callbacks.
+
+Counts come from the expert ids that were really used (grouped, replayed or biased choices differ from the top-k of the
+probabilities). Statistics are outputs of the forward pass, never side effects: recomputation under activation
+checkpointing cannot count twice.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RouterStats(NamedTuple):
+    """Sums over the tokens of one MoE layer; padding is left out.
+
+    Attributes:
+        counts_E: (E,) float32, tokens sent to each expert. No gradient.
+        probability_sum_E: (E,) float32, Σ over tokens of the router's probabilities. With gradient.
+        z_square_sum: Scalar float32, Σ over tokens of (logsumexp of the logits)². With gradient.
+        num_tokens: Scalar float32.
+    """
+
+    counts_E: Tensor
+    probability_sum_E: Tensor
+    z_square_sum: Tensor
+    num_tokens: Tensor
+
+    @property
+    def load_E(self) -> Tensor:
+        """(E,) share of all routed slots that each expert got; sums to 1."""
+        return self.counts_E / self.counts_E.sum().clamp(min=1.0)
+
+    @property
+    def mean_probability_E(self) -> Tensor:
+        """(E,) mean of the router's probabilities."""
+        return self.probability_sum_E / self.num_tokens.clamp(min=1.0)
+
+    @staticmethod
+    def measure(
+        logits_TE: Tensor, probabilities_TE: Tensor, ids_TK: Tensor, token_mask_T: Tensor | None = None
+    ) -> RouterStats:
+        """Sums up one forward pass.
+
+        Args:
+            logits_TE: (T, E) float32 router logits.
+            probabilities_TE: (T, E) float32, rows sum to 1.
+            ids_TK: (T, K) experts used.
+            token_mask_T: (T,) bool, True = counts. None: all.
+        """
+        num_experts = logits_TE.shape[-1]
+        z_T = torch.logsumexp(logits_TE, dim=-1)
+        if token_mask_T is not None:
+            mask_T = token_mask_T.to(torch.float32)
+            ids_TK = ids_TK[token_mask_T]
+            probability_sum, z_square_sum = mask_T @ probabilities_TE, (z_T.square() * mask_T).sum()
+            num_tokens = mask_T.sum()
+        else:
+            probability_sum, z_square_sum = probabilities_TE.sum(0), z_T.square().sum()
+            num_tokens = torch.tensor(float(len(z_T)), device=z_T.device)
+        counts_E = torch.bincount(ids_TK.flatten(), minlength=num_experts).to(torch.float32)
+        return RouterStats(counts_E, probability_sum, z_square_sum, num_tokens)
+
+    @staticmethod
+    def from_logits(logits_TE: Tensor, experts_per_token: int, token_mask_T: Tensor | None = None) -> RouterStats:
+        """Statistics of a foreign softmax top-k router from its logits (T, E), e.g. of a transformers gate."""
+        logits_TE = logits_TE.float()
+        probabilities_TE = logits_TE.softmax(-1)
+        ids_TK = probabilities_TE.detach().topk(experts_per_token, dim=-1).indices
+        return RouterStats.measure(logits_TE, probabilities_TE, ids_TK, token_mask_T)
