@@ -134,6 +134,7 @@ class LanguageModel(nn.Module):
         self.rotary_emb = self._build_rotary(config)
         self.lm_head = LanguageModelHead(
             config.hidden_size, config.vocab_size,
+            initializer_std=config.initializer_range,
             logits_dtype=torch.float32 if config.head_dtype == "float32" else None,
         )  # fmt: skip
         self.tie_weights()

@@ -6,7 +6,7 @@ Back-ends, equal up to rounding:
   sdpa   documents are gathered into groups of similar length, padded on the right, and given to
          `scaled_dot_product_attention(is_causal=True)`. No mask is needed: a padded key comes after every real query.
          The work is Σ length² over documents, not (rows × row length)².
-  flex   `flex_attention` with a block mask of the documents (compiled on CUDA).
+  flex   `flex_attention` with a block mask of the documents (compiled on CUDA; without backward on CPUs).
   dense  one boolean mask over all pairs of tokens: the reference, quadratic in the micro-batch.
 """
 
@@ -165,6 +165,10 @@ class DocumentAttention:
         if self.num_tokens == 0:
             return q_THd * 1.0
         if self.backend == "flex":
+            if not q_THd.is_cuda and q_THd.requires_grad:
+                raise ValueError(
+                    "attention backend 'flex' has no backward pass on CPUs (torch): choose 'sdpa' to train here"
+                )
             from torch.nn.attention.flex_attention import flex_attention
 
             attention = _compiled_flex_attention() if q_THd.is_cuda else flex_attention

@@ -11,7 +11,6 @@ must agree between training and rollout.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -39,29 +38,32 @@ class TokenScores(NamedTuple):
     rank_T: Tensor | None = None
 
 
-@dataclass(frozen=True)
 class GradientHint:
     """A promise: the loss is, up to one scalar factor, Σ_t weight_T · (−logp_T) + z_loss · Σ_t weight_T · logsumexp_T².
 
     With it the head makes its gradients in forward. Backward checks the promise; a broken one costs time, never
-    correctness. Not a NamedTuple: FSDP casts the tensors that it finds in the arguments to low precision.
+    correctness. Neither a tuple nor a dataclass: FSDP would find the weights in it and round them to the dtype of its
+    mixed precision, and no promise would be kept.
 
-    Attributes:
+    Args:
         weight_T: (T,) floating point, no gradient.
         z_loss: Coefficient of the squared logsumexp.
+
+    Raises:
+        ValueError: If the weights are not such a vector or `z_loss` is not finite.
     """
 
-    weight_T: Tensor
-    z_loss: float = 0.0
+    __slots__ = ("weight_T", "z_loss")
 
-    def __post_init__(self) -> None:
-        if self.weight_T.ndim != 1 or not self.weight_T.is_floating_point() or self.weight_T.requires_grad:
+    def __init__(self, weight_T: Tensor, z_loss: float = 0.0) -> None:
+        if weight_T.ndim != 1 or not weight_T.is_floating_point() or weight_T.requires_grad:
             raise ValueError(
                 "GradientHint.weight_T must be a floating-point vector without gradient, got shape "
-                f"{tuple(self.weight_T.shape)}, {self.weight_T.dtype}, requires_grad={self.weight_T.requires_grad}"
+                f"{tuple(weight_T.shape)}, {weight_T.dtype}, requires_grad={weight_T.requires_grad}"
             )
-        if not math.isfinite(self.z_loss):
-            raise ValueError(f"GradientHint.z_loss = {self.z_loss} must be finite")
+        if not math.isfinite(z_loss):
+            raise ValueError(f"GradientHint.z_loss = {z_loss} must be finite")
+        self.weight_T, self.z_loss = weight_T, float(z_loss)
 
 
 class LanguageModelHead(nn.Module):

@@ -49,7 +49,7 @@ def apply_rotary(q_THd: Tensor, k_TGd: Tensor, cos: Tensor, sin: Tensor) -> tupl
 
 def rotary_frequencies(head_dim: int, theta: float) -> Tensor:
     """ω_j for j = 0 … d/2−1, float32."""
-    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
 
 
 def kept_frequencies(

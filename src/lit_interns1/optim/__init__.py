@@ -1,0 +1,6 @@
+"""Optimizers, parameter groups, and schedules as pure functions of consumed tokens."""
+
+from lit_interns1.optim.parameter_groups import weight_decay_groups
+from lit_interns1.optim.schedules import TokenSchedule, WarmupStableDecay
+
+__all__ = ["TokenSchedule", "WarmupStableDecay", "weight_decay_groups"]

@@ -3,5 +3,9 @@
 from lit_interns1.training.global_batch import GlobalBatch
 from lit_interns1.training.summed_loss import LossWindow, SummedLoss
 from lit_interns1.training.token_clock import TokenClockState, TokenCounts, count_tokens
+from lit_interns1.training.window_means import WindowMeans, all_reduce_sum
 
-__all__ = ["GlobalBatch", "LossWindow", "SummedLoss", "TokenClockState", "TokenCounts", "count_tokens"]
+__all__ = [
+    "GlobalBatch", "LossWindow", "SummedLoss", "TokenClockState", "TokenCounts", "WindowMeans", "all_reduce_sum",
+    "count_tokens",
+]  # fmt: skip

@@ -104,6 +104,16 @@ class Router(nn.Module):
         """(T, E) what the experts are ranked by."""
         return scores_TE
 
+    def gradient_surrogate(self, logits_TE: Tensor, ids_TK: Tensor) -> Tensor | None:
+        """(T, K) what the weights' gradient is taken of instead of the weights; None = of the weights themselves.
+
+        Normalised softmax weights are the softmax over the chosen logits alone. Taking the gradient of that form makes
+        it exactly zero for experts that were not chosen, where p / Σp leaves a rounding residue.
+        """
+        if self.gradient == "ste":
+            return (logits_TE / self.ste_temperature).softmax(-1).gather(-1, ids_TK)
+        return logits_TE.gather(-1, ids_TK).softmax(-1) if self.normalize_weights else None
+
     def choose(self, selection_TE: Tensor) -> Tensor:
         """(T, E) → (T, K) ids; group after group if there are groups, best first inside a group."""
         if self.num_groups == 1:
@@ -136,10 +146,10 @@ class Router(nn.Module):
         if self.normalize_weights:
             total = weights_TK.sum(-1, keepdim=True)
             weights_TK = weights_TK / (total + 1e-20 if self.num_groups > 1 else total)
-        if self.gradient == "ste":
-            soft_TK = (logits_TE / self.ste_temperature).softmax(-1).gather(-1, ids_TK)
+        surrogate_TK = self.gradient_surrogate(logits_TE, ids_TK)
+        if surrogate_TK is not None:
             # the bracket is exactly zero: the forward value is the sparse weight, bit by bit
-            weights_TK = weights_TK.detach() + (soft_TK - soft_TK.detach())
+            weights_TK = weights_TK.detach() + (surrogate_TK - surrogate_TK.detach())
         return weights_TK * self.scaling_factor if self.scaling_factor != 1.0 else weights_TK
 
     def forward(self, x_TD: Tensor, replay_TK: Tensor | None = None, token_mask_T: Tensor | None = None) -> Routing:
@@ -200,6 +210,10 @@ class SigmoidRouter(Router):
     def scores(self, logits_TE: Tensor) -> Tensor:
         """Sigmoid of the logits."""
         return logits_TE.sigmoid()
+
+    def gradient_surrogate(self, logits_TE: Tensor, ids_TK: Tensor) -> None:
+        """The weights' own gradient."""
+        return None
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
         """Scores divided by their sum over all experts."""

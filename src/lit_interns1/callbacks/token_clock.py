@@ -1,0 +1,157 @@
+"""The run's clock in tokens, kept by a callback: any LightningModule, any data, any strategy.
+
+Counts are committed once per optimizer step, with one all-reduce, before anything else happens in that step; the
+learning rate, the batch size and the pictures read them. The clock is saved with the checkpoint.
+
+A checkpoint may be written inside an accumulation window (a signal, a time limit), and gradients are never saved. The
+clock therefore rewinds Lightning's batch counters and the loader's position in the file to the start of the window, so
+that the resumed run repeats the whole window. A run that goes on with another number of micro-batches per step gets its
+counters converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from lit_interns1.training import TokenClockState, TokenCounts, all_reduce_sum, count_tokens
+
+
+def data_parallel_size(trainer: Trainer) -> int:
+    """Ranks that read different data: what the strategy tells samplers, else 1."""
+    return int(getattr(trainer.strategy, "distributed_sampler_kwargs", {}).get("num_replicas", 1))
+
+
+class TokenClock(Callback):
+    """Counts consumed tokens.
+
+    Args:
+        max_tokens: End the run with the optimizer step that reaches this number of consumed tokens.
+        counter: Gives the tokens of a batch, for batches that have neither `num_tokens`, `attention_mask` nor
+            `input_ids`.
+
+    Logs `train/tokens`, and makes it the x-axis in W&B.
+
+    Raises:
+        ValueError: If `max_tokens` is not positive.
+    """
+
+    def __init__(
+        self, max_tokens: int | None = None, counter: Callable[[Any], int | TokenCounts] | None = None
+    ) -> None:
+        if max_tokens is not None and max_tokens <= 0:
+            raise ValueError(f"TokenClock.max_tokens must be positive, got {max_tokens}")
+        self.max_tokens, self.counter = max_tokens, counter
+        self.state = TokenClockState()
+        self._committed_batches = -1
+
+    @staticmethod
+    def of(trainer: Trainer) -> TokenClock:
+        """The clock among the trainer's callbacks.
+
+        Raises:
+            RuntimeError: If there is none.
+        """
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TokenClock):
+                return callback
+        raise RuntimeError(
+            "this needs the run's clock: add lit_interns1.callbacks.TokenClock to the Trainer's callbacks"
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens consumed up to now, by all ranks, the optimizer step in progress included once it is committed."""
+        return self.state.tokens
+
+    def commit(self, trainer: Trainer) -> TokenClockState:
+        """Ends the counting of the present optimizer step. Callable by whoever needs the count first; later calls in
+        the same step do nothing."""
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx
+        if batches != self._committed_batches:
+            self._committed_batches = batches
+            counts = torch.tensor(self.state.pending, dtype=torch.int64, device=trainer.strategy.root_device)
+            if data_parallel_size(trainer) > 1:
+                all_reduce_sum(counts)
+            self.state.commit(TokenCounts(*counts.tolist()), trainer.accumulate_grad_batches)
+        return self.state
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes consumed tokens the x-axis of W&B charts."""
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                logger.experiment.define_metric("train/tokens")
+                logger.experiment.define_metric("*", step_metric="train/tokens")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Counts the batch."""
+        self.state.add(count_tokens(batch, self.counter))
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Commits the counts of the step."""
+        state = self.commit(trainer)
+        pl_module.log("train/tokens", float(state.tokens), prog_bar=False)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the run when the budget is consumed."""
+        if self.max_tokens is not None and self.state.tokens >= self.max_tokens:
+            trainer.should_stop = True
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts up to the last finished optimizer step."""
+        return self.state.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the counts."""
+        self.state.load_state_dict(state_dict)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Rewinds a checkpoint that was written inside an accumulation window to the start of the window."""
+        loops = checkpoint.get("loops", {}).get("fit_loop")
+        accumulation = trainer.accumulate_grad_batches
+        if loops is None or accumulation == 1:
+            return
+        progress = loops["epoch_loop.batch_progress"]
+        surplus = progress["current"]["processed"] % accumulation
+        last_window = progress["is_last_batch"]  # Lightning ends an epoch with an optimizer step, full window or not
+        if surplus == 0 or last_window:
+            return
+        _shift_batches(loops, -surplus)
+        rows = surplus * data_parallel_size(trainer)
+        for state in loops["state_dict"].get("combined_loader", []):
+            if isinstance(state, dict) and "rows" in state and "micro_batch_rows" in state:
+                state["rows"] -= rows * state["micro_batch_rows"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Converts Lightning's counters of micro-batches if their number per optimizer step has changed."""
+        saved = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("accumulation")
+        loops = checkpoint.get("loops", {}).get("fit_loop")
+        accumulation = trainer.accumulate_grad_batches
+        if saved is None or loops is None or saved == accumulation:
+            return
+        progress = loops["epoch_loop.batch_progress"]
+        for part in ("current", "total"):
+            # `completed` may lag by one micro-batch behind `ready`: Lightning increments it after the hooks
+            lag = {name: progress[part]["ready"] - value for name, value in progress[part].items()}
+            ready = progress[part]["ready"] // saved * accumulation
+            progress[part] = {name: ready - behind for name, behind in lag.items()}
+
+
+def _shift_batches(loops: dict[str, Any], by: int) -> None:
+    """Moves Lightning's counters of micro-batches to a window's start, where everything before is completed."""
+    progress = loops["epoch_loop.batch_progress"]
+    for part in ("current", "total"):
+        done = progress[part]["processed"] + by
+        progress[part] = dict.fromkeys(progress[part], done)
+        # a checkpoint written after a batch's hooks has `completed` one behind: Lightning expects and repairs that
+        progress[part]["completed"] = done - 1 if done > 0 else 0

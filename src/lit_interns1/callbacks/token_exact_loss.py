@@ -1,0 +1,76 @@
+"""Losses as sums, exact under accumulation and over ranks, with any strategy.
+
+A `training_step` that returns a `SummedLoss` gets gradients of (Σ sums) / (Σ counts) over the whole optimizer step. The
+callback takes the `SummedLoss` before Lightning sees it, undoes Lightning's division by the number of micro-batches and
+the strategy's average over ranks, and multiplies the gradients once, before clipping:
+
+    g ← g · W / Σ_ranks Σ_micro-batches count
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lit_interns1.callbacks.token_clock import data_parallel_size
+from lit_interns1.training import LossWindow, SummedLoss, all_reduce_sum
+
+
+class TokenExactLoss(Callback):
+    """Lets `training_step` return a `SummedLoss` (or a dict whose "loss" is one).
+
+    A step that returns a plain scalar keeps Lightning's meaning: a mean over micro-batches and ranks. Strategies that
+    handle `SummedLoss` themselves (attribute `handles_summed_loss`) are left alone.
+    """
+
+    def __init__(self) -> None:
+        self._window = LossWindow()
+        self._unwrapped: Callable[..., Any] | None = None
+        self._uses_sums = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Puts itself between the strategy and Lightning's loop."""
+        strategy: Any = trainer.strategy
+        if stage != "fit" or self._unwrapped is not None or getattr(strategy, "handles_summed_loss", False):
+            return
+        if not pl_module.automatic_optimization:
+            return
+        self._unwrapped = strategy.training_step
+
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            assert self._unwrapped is not None
+            return self._take(self._unwrapped(*args, **kwargs), trainer.accumulate_grad_batches)
+
+        strategy.training_step = training_step
+
+    def _take(self, output: Any, accumulation: int) -> Any:
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if not isinstance(loss, SummedLoss):
+            return output
+        self._uses_sums = True
+        self._window.add(loss)
+        summed: Tensor = loss.sum * accumulation
+        return {**output, "loss": summed} if isinstance(output, dict) else summed
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Scales the gradients of the step, before they are clipped."""
+        if not self._uses_sums:
+            return
+        ranks = data_parallel_size(trainer)
+        count = self._window.local_count(pl_module.device)
+        if ranks > 1:
+            count = all_reduce_sum(count)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        LossWindow.scale(gradients, LossWindow.gradient_factor(count, averaged_over=ranks))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Steps aside."""
+        if self._unwrapped is not None:
+            trainer.strategy.__dict__.pop("training_step", None)
+            self._unwrapped = None

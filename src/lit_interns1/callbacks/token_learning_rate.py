@@ -1,0 +1,34 @@
+"""The learning rate as a function of consumed tokens, for any optimizer of any module."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_interns1.callbacks.token_clock import TokenClock
+from lit_interns1.optim import TokenSchedule
+
+
+class TokenLearningRate(Callback):
+    """Sets every parameter group's rate to its initial rate × schedule(tokens) before each optimizer step.
+
+    The tokens of the step itself are included: the first step of a warm-up from zero already moves, and the step that
+    reaches the end of the schedule takes the floor. Nothing has to be saved: the rate follows from the clock.
+
+    Args:
+        schedule: Factor on the peak rate as a function of consumed tokens, e.g. `WarmupStableDecay`.
+
+    Logs `optim/lr` (the rate of the first group).
+    """
+
+    def __init__(self, schedule: TokenSchedule) -> None:
+        self.schedule = schedule
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Sets the rate."""
+        factor = self.schedule(TokenClock.of(trainer).commit(trainer).tokens)
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        pl_module.log("optim/lr", optimizer.param_groups[0]["lr"], prog_bar=False)

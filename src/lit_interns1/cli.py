@@ -1,0 +1,76 @@
+"""The command line: `lit-interns1 fit | validate | test | predict` through LightningCLI, and commands of our own.
+
+Commands without a Trainer start without Lightning. Everything below a run directory is named once, by `--run_dir`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "generate": ("lit_interns1.commands.generate:generate_text", "continue a prompt with a checkpoint"),
+    "summarize": ("lit_interns1.commands.summarize:summarize", "pictures, samples and baselines of a finished run"),
+}
+"""Commands of our own: where they are, and what they do."""
+
+TRAINER_COMMANDS: dict[str, str] = {
+    "fit": "train a model",
+    "validate": "evaluate on the validation data",
+    "test": "evaluate on the test data",
+    "predict": "log-probabilities of every token",
+}
+
+
+def usage() -> str:
+    """The overview that `lit-interns1 --help` prints."""
+    rows = [(name, text) for name, text in TRAINER_COMMANDS.items()]
+    rows += [(name, text) for name, (_, text) in COMMANDS.items()]
+    width = max(len(name) for name, _ in rows)
+    listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+    return (
+        "usage: lit-interns1 COMMAND [options]\n\n"
+        "Train, extend and study the Intern-S1 family with PyTorch Lightning.\n\n"
+        f"commands:\n{listing}\n\n"
+        "  lit-interns1 COMMAND --help     options of a command (loads PyTorch and Lightning first: some seconds)\n"
+        "  lit-interns1 --version\n\n"
+        "first run:\n  lit-interns1 fit --config configs/pretrain/tiny.yaml --run_dir runs/first\n"
+    )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point.
+
+    Args:
+        args: Arguments after the program's name; default: those of the process.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
+    command, rest = arguments[0], arguments[1:]
+    if command == "--version":
+        from lit_interns1 import __version__
+
+        print(f"lit-interns1 {__version__}")
+    elif command in COMMANDS:
+        from jsonargparse import auto_cli
+
+        module, function = COMMANDS[command][0].split(":")
+        auto_cli(getattr(import_module(module), function), args=rest, as_positional=False)
+    elif command in TRAINER_COMMANDS:
+        if "-h" in rest or "--help" in rest:
+            print("loading PyTorch and Lightning …", file=sys.stderr, flush=True)
+        import_module("lit_interns1.commands.trainer").run(arguments)
+    else:
+        from difflib import get_close_matches
+
+        near = get_close_matches(command, [*COMMANDS, *TRAINER_COMMANDS], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"lit-interns1: unknown command {command!r}{hint}\n\n{usage()}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

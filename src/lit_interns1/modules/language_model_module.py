@@ -1,0 +1,239 @@
+"""Next-token training of a language model.
+
+loss = cross-entropy over tokens + α · balance + α_z · router z, as a `SummedLoss`: exact over the optimizer step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from lit_interns1.callbacks import TokenClock, TokenExactLoss, TokenLearningRate
+from lit_interns1.data.packed_batch import PackedBatch
+from lit_interns1.models import LanguageModel, LanguageModelConfig, MoEConfig, PositionConfig, preset
+from lit_interns1.models.language_model import LanguageModelOutput
+from lit_interns1.nn.head import TokenScores
+from lit_interns1.nn.initialization import materialize
+from lit_interns1.nn.moe import BalanceLoss
+from lit_interns1.objectives import NextTokenCrossEntropy
+from lit_interns1.objectives.token_loss_metric import GroupedTokenLoss
+from lit_interns1.optim import TokenSchedule, weight_decay_groups
+from lit_interns1.training import SummedLoss, WindowMeans
+
+CONFIG_KEY = "language_model_config"
+"""Where a checkpoint holds the model's config, as plain values."""
+
+
+def config_from_dict(values: Mapping[str, Any]) -> LanguageModelConfig:
+    """The config that `dataclasses.asdict` was taken of."""
+    fields = dict(values)
+    moe = fields.get("moe")
+    fields["moe"] = MoEConfig(**moe) if moe is not None else None
+    fields["positions"] = PositionConfig(**fields["positions"])
+    fields["dense_layers"] = tuple(fields["dense_layers"])
+    return LanguageModelConfig(**fields)
+
+
+def differing_fields(saved: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Fields of the architecture in which two configs differ, as "name: saved → present"."""
+    run_time = {"attention_backend", "activation_checkpointing", "expert_backend", "freeze_router", "router_gradient"}
+    differences = []
+    for name in sorted(set(saved) | set(present)):
+        old, new = saved.get(name), present.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            differences += differing_fields(old, new, f"{prefix}{name}.")
+        elif name not in run_time and (list(old) if isinstance(old, tuple) else old) != (
+            list(new) if isinstance(new, tuple) else new
+        ):
+            differences.append(f"{prefix}{name}: {old!r} → {new!r}")
+    return differences
+
+
+class LanguageModelModule(LightningModule):
+    """Trains a `LanguageModel` on packed batches.
+
+    Args:
+        config: The model's shape, or the name of a preset.
+        optimizer: Makes the optimizer from parameter groups. In YAML a `class_path` with `init_args`; default AdamW with
+            rate 3e-4, β (0.9, 0.95), decay 0.1.
+        schedule: Factor on the rate as a function of consumed tokens; None = constant.
+        objective: The loss over token scores.
+        balance: Balance and z losses of the routers.
+        seed: Seed of the initial weights.
+        decay_embeddings: Also apply weight decay to the embedding.
+
+    Logs `train/loss` (cross-entropy per token over the optimizer step), `train/balance`, `train/router_z`,
+    `train/tokens`, `optim/lr`, `val/loss`, and `val/loss/{source}` if batches carry `source_id`.
+    """
+
+    model: LanguageModel
+    """The network; it exists once Lightning (or you) called `configure_model`."""
+
+    def __init__(
+        self,
+        config: LanguageModelConfig | str = "tiny-s1-pro",
+        optimizer: Callable[[Iterable[Any]], Optimizer] = lambda parameters: AdamW(
+            parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1
+        ),
+        schedule: TokenSchedule | None = None,
+        objective: NextTokenCrossEntropy | None = None,
+        balance: BalanceLoss | None = None,
+        seed: int = 0,
+        decay_embeddings: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = preset(config) if isinstance(config, str) else config
+        self.make_optimizer, self.schedule, self.seed = optimizer, schedule, seed
+        self.objective = objective or NextTokenCrossEntropy()
+        self.balance = balance or BalanceLoss()
+        self.decay_embeddings = decay_embeddings
+        self._means = WindowMeans()
+        self.validation_loss = GroupedTokenLoss()
+        self.source_names: list[str] = []
+
+    # -- building ----------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Builds the network on the meta device and fills in its initial weights."""
+        if not hasattr(self, "model"):
+            with torch.device("meta"):
+                model = LanguageModel(self.config)
+            self.model = materialize(model, device="cpu", seed=self.seed, std=self.config.initializer_range)
+
+    def configure_optimizers(self) -> Optimizer:
+        """The optimizer over parameter groups with and without decay."""
+        return self.make_optimizer(weight_decay_groups(self.model, self.decay_embeddings))
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The clock, exact losses and the schedule, unless the Trainer has its own."""
+        present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        wanted: list[Callback] = [TokenClock(), TokenExactLoss()]
+        if self.schedule is not None:
+            wanted.append(TokenLearningRate(self.schedule))
+        return [callback for callback in wanted if type(callback) not in present]
+
+    def setup(self, stage: str) -> None:
+        """Checks the vocabulary of the data against the model's, and takes the names of its sources."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and hasattr(data, "check_vocabulary"):
+            data.check_vocabulary(self.config.vocab_size)
+        self.source_names = list(getattr(data, "source_names", []))
+        self.validation_loss = GroupedTokenLoss(max(1, len(self.source_names)))
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: PackedBatch, targets: Tensor | None = None, **options: Any) -> LanguageModelOutput:
+        """Runs the model on a packed batch; see `LanguageModel.forward` for targets and options."""
+        padded = batch.num_tokens < batch.input_ids.numel()
+        return self.model(
+            batch.input_ids, position_ids=batch.position_ids, cu_seqlens=batch.cu_seqlens, targets=targets,
+            token_mask_T=batch.sample_id_T >= 0 if padded else None,
+            routed_experts_TLK=batch.token_fields.get("routed_experts"), **options,
+        )  # fmt: skip
+
+    def token_scores(self, batch: PackedBatch, **options: Any) -> TokenScores:
+        """Scores of the batch's labels, (T,) each: what per-domain losses, salience and diagnostics read."""
+        scores = self(batch, targets=batch.labels, **options).scores
+        assert scores is not None
+        return scores
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> SummedLoss:
+        """Cross-entropy plus the routers' auxiliary losses."""
+        hint = self.objective.gradient_hint(batch.labels, batch.sample_id_T)
+        output = self(batch, targets=batch.labels, gradient_hint=hint)
+        loss, _ = self.objective(output.scores, batch.labels, batch.sample_id_T)
+        values = {"train/loss": loss.mean}
+        auxiliary, parts = self.balance(output.router_stats)
+        if auxiliary is not None:
+            loss = loss.plus_mean(auxiliary)
+            values |= {f"train/{name}": value for name, value in parts.items()}
+        self._means.add(values, loss.count)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Logs the means over the optimizer step."""
+        for name, value in self._means.reduce().items():
+            self.log(name, value, prog_bar=name == "train/loss")
+        self.balance.start_step()
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Adds the batch to the validation loss."""
+        scores = self.token_scores(batch)
+        self.validation_loss.update(-scores.logp_T, batch.labels >= 0, batch.token_fields.get("source_id"))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation loss, over all sources and by source."""
+        result = self.validation_loss.compute()
+        self.validation_loss.reset()
+        self.log("val/loss", result["mean"].float(), prog_bar=True)
+        if len(self.source_names) > 1:
+            for name, mean, tokens in zip(
+                self.source_names, result["group_means"], result["group_tokens"], strict=True
+            ):
+                if tokens > 0:
+                    self.log(f"val/loss/{name}", mean.float())
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Log-probabilities of the labels and where they belong: (T,) each."""
+        return {"log_probs": self.token_scores(batch).logp_T, "labels": batch.labels, **batch.token_fields}
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the model's config."""
+        checkpoint[CONFIG_KEY] = asdict(self.config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another architecture, naming the fields that differ."""
+        saved = checkpoint.get(CONFIG_KEY)
+        if saved is None:
+            raise ValueError(f"the checkpoint has no {CONFIG_KEY!r}: it was not written by LanguageModelModule")
+        differences = differing_fields(saved, asdict(self.config))
+        if differences:
+            raise ValueError("the checkpoint holds another architecture (saved → present): " + "; ".join(differences))
+
+
+def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """A single-file checkpoint of `LanguageModelModule`, memory-mapped and unpickled without running code.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is truncated, is no checkpoint, or was not written by `LanguageModelModule`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"checkpoint {path} cannot be read (truncated, or no checkpoint): {error}") from error
+    if not isinstance(checkpoint, dict) or CONFIG_KEY not in checkpoint:
+        raise ValueError(f"checkpoint {path} has no {CONFIG_KEY!r}: it was not written by LanguageModelModule")
+    return checkpoint
+
+
+def load_language_model(path: str | Path, device: torch.device | str = "cpu") -> LanguageModel:
+    """The language model of a single-file checkpoint, in eval mode.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As `read_checkpoint`.
+    """
+    checkpoint = read_checkpoint(path, device)
+    with torch.device("meta"):
+        model = LanguageModel(config_from_dict(checkpoint[CONFIG_KEY]))
+    materialize(model, device=device)
+    prefix = "model."
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    model.load_state_dict(weights)
+    return model.eval()
