@@ -1,0 +1,70 @@
+"""Text, tokens and packed rows: sources, tokenizers, the one packer, the global order, loaders and the DataModule.
+
+Names are imported when first used: `lit_interns1.data.packing` needs no Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_interns1.data.loader import EvaluationLoader, ResumableLoader
+    from lit_interns1.data.order import RowOrder
+    from lit_interns1.data.packed_batch import IGNORED_LABEL, PackedBatch
+    from lit_interns1.data.packing import PackingPlan, pack_documents, plan_rows
+    from lit_interns1.data.rows import RowReader
+    from lit_interns1.data.sources import SourceError, TextSource
+    from lit_interns1.data.text_data_module import TextDataModule
+    from lit_interns1.data.token_store import TokenStore, open_or_build
+    from lit_interns1.data.tokenizer import TextTokenizer, TokenizerError, load_tokenizer
+
+_HOME = {
+    "EvaluationLoader": "loader",
+    "IGNORED_LABEL": "packed_batch",
+    "PackedBatch": "packed_batch",
+    "PackingPlan": "packing",
+    "ResumableLoader": "loader",
+    "RowOrder": "order",
+    "RowReader": "rows",
+    "SourceError": "sources",
+    "TextDataModule": "text_data_module",
+    "TextSource": "sources",
+    "TextTokenizer": "tokenizer",
+    "TokenStore": "token_store",
+    "TokenizerError": "tokenizer",
+    "load_tokenizer": "tokenizer",
+    "open_or_build": "token_store",
+    "pack_documents": "packing",
+    "plan_rows": "packing",
+}
+
+__all__ = [
+    "EvaluationLoader",
+    "IGNORED_LABEL",
+    "PackedBatch",
+    "PackingPlan",
+    "ResumableLoader",
+    "RowOrder",
+    "RowReader",
+    "SourceError",
+    "TextDataModule",
+    "TextSource",
+    "TextTokenizer",
+    "TokenStore",
+    "TokenizerError",
+    "load_tokenizer",
+    "open_or_build",
+    "pack_documents",
+    "plan_rows",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,7 +1,8 @@
 """Packed rows: several documents side by side in rows of equal length, without padding between them.
 
 Tensors are flat over the tokens of the micro-batch (suffix T: rows × row length): attention, the router and the loss
-see documents, not rows. A row boundary is always a document boundary.
+see documents, not rows. A row boundary is always a document boundary: a document that is longer than its row is cut
+there, and its remainder counts as a document of its own (see `packing`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class PackedBatch:
         num_rows: Rows in this micro-batch.
         num_tokens: Consumed tokens: T without padding.
         num_loss_tokens: Positions with a label.
-        max_seqlen: Longest document, in tokens.
+        max_seqlen: Longest segment of `cu_seqlens`, in tokens (the padding at the end of a row is a segment too).
         token_fields: Any other per-token tensors (T, ...) by name: `validation_token_id`, rollout log-probs,
             advantages, `routed_experts` (T, L, K), modality, …
     """
@@ -60,8 +61,11 @@ class PackedBatch:
         return self.input_ids.device
 
     def _map(self, function: Any) -> PackedBatch:
-        mapped = {f.name: function(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **mapped, token_fields={name: function(value) for name, value in self.token_fields.items()})
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        mapped = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(
+            self, **mapped, token_fields={name: function(value) for name, value in self.token_fields.items()}
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """A copy on `device` (what Lightning calls to move a batch)."""
@@ -102,9 +106,13 @@ class PackedBatch:
 
     @staticmethod
     def from_documents(
-        documents: Sequence[Mapping[str, Tensor]], row_length: int | None = None, pad_values: Mapping[str, Any] | None = None
+        documents: Sequence[Mapping[str, Tensor]],
+        row_length: int | None = None,
+        pad_values: Mapping[str, Any] | None = None,
     ) -> PackedBatch:
         """Packs whole documents, in the order given, into one row (padded to `row_length` if that is given).
+
+        For many rows, and for documents longer than a row, see `lit_interns1.data.packing.pack_documents`.
 
         Args:
             documents: Each with `input_ids` (n,), optionally `labels` (n,) already shifted, and any token fields
@@ -115,39 +123,59 @@ class PackedBatch:
         Raises:
             ValueError: If the documents are longer than the row, or differ in their fields.
         """
-        if not documents:
-            raise ValueError("from_documents needs at least one document")
-        pads: dict[str, Any] = {"labels": IGNORED_LABEL, **(pad_values or {})}
-        completed = []
-        for document in documents:
-            entry = dict(document)
-            if "labels" not in entry:
-                entry["labels"] = torch.cat([entry["input_ids"][1:], entry["input_ids"].new_full((1,), IGNORED_LABEL)])
-            if completed and set(entry) != set(completed[0]):
-                raise ValueError(f"documents differ in their fields: {sorted(completed[0])} and {sorted(entry)}")
-            completed.append(entry)
-        lengths = [entry["input_ids"].numel() for entry in completed]
-        used = sum(lengths)
-        padding = 0 if row_length is None else row_length - used
-        if padding < 0:
+        from lit_interns1.data.packing import assemble, concatenate_documents, lay_out
+
+        columns, length_D = concatenate_documents(documents)
+        used = int(length_D.sum())
+        if row_length is not None and row_length < used:
             raise ValueError(f"documents of {used} tokens do not fit into a row of {row_length}")
-        columns = {name: torch.cat([entry[name] for entry in completed]) for name in completed[0]}
-        if padding:
-            for name, value in columns.items():
-                fill = value.new_full((padding, *value.shape[1:]), pads.get(name, 0))
-                columns[name] = torch.cat([value, fill])
-        segments = lengths + ([padding] if padding else [])
-        samples = [torch.full((n,), i if i < len(lengths) else -1, dtype=torch.int64) for i, n in enumerate(segments)]
-        labels = columns.pop("labels")
-        return PackedBatch(
-            input_ids=columns.pop("input_ids"),
-            labels=labels,
-            position_ids=torch.cat([torch.arange(n) for n in segments]),
-            cu_seqlens=torch.tensor([0, *segments]).cumsum(0).to(torch.int32),
-            sample_id_T=torch.cat(samples),
-            num_rows=1,
-            num_tokens=used,
-            num_loss_tokens=int((labels != IGNORED_LABEL).sum()),
-            max_seqlen=max(segments),
-            token_fields=columns,
-        )
+        layout = lay_out(length_D, length_D * 0, num_rows=1, row_length=used if row_length is None else row_length)
+        return assemble(columns, layout, pad_values)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of one row, padding included."""
+        return self.input_ids.numel() // self.num_rows
+
+    def as_rows(self) -> dict[str, Tensor]:
+        """`input_ids`, `labels` and `position_ids` as (rows, row length) views, for modules that know no packed rows.
+
+        A foreign module that takes no document boundaries attends across the documents of a row; the labels are
+        already shifted, so they are compared with the logits of the same position.
+        """
+        names = ("input_ids", "labels", "position_ids")
+        return {name: getattr(self, name).view(self.num_rows, self.row_length) for name in names}
+
+    def split(self, rows_per_part: int) -> list[PackedBatch]:
+        """The same rows as several batches of `rows_per_part` rows: micro-batches, or the shares of the ranks.
+
+        Raises:
+            ValueError: If the rows do not divide.
+        """
+        if rows_per_part < 1 or self.num_rows % rows_per_part:
+            raise ValueError(f"rows_per_part={rows_per_part} does not divide the {self.num_rows} rows of this batch")
+        size = rows_per_part * self.row_length
+        parts = []
+        for first in range(0, self.input_ids.numel(), size):
+            span = slice(first, first + size)
+            inside = (self.cu_seqlens >= first) & (self.cu_seqlens <= first + size)
+            cu_seqlens = self.cu_seqlens[inside] - first
+            sample_id_T = self.sample_id_T[span]
+            real_T = sample_id_T >= 0
+            offset = sample_id_T[real_T].min() if bool(real_T.any()) else 0
+            labels = self.labels[span]
+            parts.append(
+                PackedBatch(
+                    input_ids=self.input_ids[span],
+                    labels=labels,
+                    position_ids=self.position_ids[span],
+                    cu_seqlens=cu_seqlens,
+                    sample_id_T=torch.where(real_T, sample_id_T - offset, sample_id_T),
+                    num_rows=rows_per_part,
+                    num_tokens=int(real_T.sum()),
+                    num_loss_tokens=int((labels != IGNORED_LABEL).sum()),
+                    max_seqlen=int(cu_seqlens.diff().max()),
+                    token_fields={name: value[span] for name, value in self.token_fields.items()},
+                )
+            )
+        return parts
