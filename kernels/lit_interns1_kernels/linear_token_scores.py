@@ -229,7 +229,7 @@ class _LinearTokenScores(torch.autograd.Function):
     ) -> Scores:
         tokens, dtype = hidden_TD.shape[0], _wide(hidden_TD.dtype)
         valid_T, index_T = targets_T >= 0, targets_T.clamp(min=0)
-        logp_T, logsumexp_T = hidden_TD.new_empty(2, tokens, dtype=dtype).unbind()
+        logp_T, logsumexp_T = (hidden_TD.new_empty(tokens, dtype=dtype) for _ in range(2))
         entropy_T = torch.empty_like(logp_T) if plan.entropy else None
         rank_T = torch.empty_like(targets_T) if plan.rank else None
 
