@@ -116,7 +116,7 @@ def test_sums_to_one_for_any_context(order, smoothing):
 def test_hand_computed_bigram():
     """One document, a b a b c = 0 1 0 1 2, four ids.
 
-    Bigrams: (start 0) 1, (0 1) 2, (1 0) 1, (1 2) 1, so n_1 = 3, n_2 = 1, n_3 = 0: Y = 3/5, D_1 = 1 − 2 · 3/5 · 1/3 = 3/5,
+    Bigrams: (start 0) 1, (0 1) 2, (1 0) 1, (1 2) 1, so n_1 = 3, n_2 = 1, n_3 = 0: Y = 3/5, D_1 = 1 − 2·3/5·1/3 = 3/5,
     D_2 = 1 (nothing to estimate it from). Distinct tokens in front: 0: start, 1; 1: 0; 2: 1, so c_1 = 2, 1, 1; n_1 = 2,
     n_2 = 1: Y = 1/2, D_1 = 1 − 2 · 1/2 · 1/2 = 1/2, D_2 = 1. Hence λ() = (1 + 1/2 + 1/2) / 4 = 1/2 and
     p(0) = 1/4 + 1/8, p(1) = p(2) = 1/8 + 1/8, p(3) = 1/8.
