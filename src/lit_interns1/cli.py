@@ -5,6 +5,7 @@ Commands without a Trainer start without Lightning. Everything below a run direc
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -25,7 +26,7 @@ TRAINER_COMMANDS: dict[str, str] = {
 
 def usage() -> str:
     """The overview that `lit-interns1 --help` prints."""
-    rows = [(name, text) for name, text in TRAINER_COMMANDS.items()]
+    rows = list(TRAINER_COMMANDS.items())
     rows += [(name, text) for name, (_, text) in COMMANDS.items()]
     width = max(len(name) for name, _ in rows)
     listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
@@ -46,6 +47,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments after the program's name; default: those of the process.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    # Waiting threads that spin slow a busy machine down many times over; read by OpenMP when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return
@@ -62,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
     elif command in TRAINER_COMMANDS:
         if "-h" in rest or "--help" in rest:
             print("loading PyTorch and Lightning …", file=sys.stderr, flush=True)
-        import_module("lit_interns1.commands.trainer").run(arguments)
+        import_module("lit_interns1.commands.trainer").run(None if args is None else arguments)
     else:
         from difflib import get_close_matches
 

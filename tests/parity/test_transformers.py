@@ -49,7 +49,7 @@ def build_pair(seed, heads, kv_heads, experts, per_token, tied, dtype=torch.floa
                 norm_topk_prob=moe.normalize_weights,
                 decoder_sparse_step=1,
                 mlp_only_layers=[],
-            )  # fmt: skip
+            )
         )
         reference.set_experts_implementation("eager")
     reference = reference.to(dtype).eval()

@@ -1,9 +1,17 @@
 """Callbacks: one file each; they work with any LightningModule unless their page says otherwise."""
 
+from lit_interns1.callbacks.console_progress import ConsoleProgress
 from lit_interns1.callbacks.expert_load import ExpertLoadRecorder
 from lit_interns1.callbacks.throughput import ThroughputMonitor
 from lit_interns1.callbacks.token_clock import TokenClock
 from lit_interns1.callbacks.token_exact_loss import TokenExactLoss
 from lit_interns1.callbacks.token_learning_rate import TokenLearningRate
 
-__all__ = ["ExpertLoadRecorder", "ThroughputMonitor", "TokenClock", "TokenExactLoss", "TokenLearningRate"]
+__all__ = [
+    "ConsoleProgress",
+    "ExpertLoadRecorder",
+    "ThroughputMonitor",
+    "TokenClock",
+    "TokenExactLoss",
+    "TokenLearningRate",
+]

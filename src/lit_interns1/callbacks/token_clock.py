@@ -5,8 +5,7 @@ learning rate, the batch size and the pictures read them. The clock is saved wit
 
 A checkpoint may be written inside an accumulation window (a signal, a time limit), and gradients are never saved. The
 clock therefore rewinds Lightning's batch counters and the loader's position in the file to the start of the window, so
-that the resumed run repeats the whole window. A run that goes on with another number of micro-batches per step gets its
-counters converted.
+that the resumed run repeats the whole window.
 """
 
 from __future__ import annotations
@@ -127,24 +126,9 @@ class TokenClock(Callback):
         if surplus == 0 or last_window:
             return
         _shift_batches(loops, -surplus)
-        rows = surplus * data_parallel_size(trainer)
         for state in loops["state_dict"].get("combined_loader", []):
-            if isinstance(state, dict) and "rows" in state and "micro_batch_rows" in state:
-                state["rows"] -= rows * state["micro_batch_rows"]
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Converts Lightning's counters of micro-batches if their number per optimizer step has changed."""
-        saved = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("accumulation")
-        loops = checkpoint.get("loops", {}).get("fit_loop")
-        accumulation = trainer.accumulate_grad_batches
-        if saved is None or loops is None or saved == accumulation:
-            return
-        progress = loops["epoch_loop.batch_progress"]
-        for part in ("current", "total"):
-            # `completed` may lag by one micro-batch behind `ready`: Lightning increments it after the hooks
-            lag = {name: progress[part]["ready"] - value for name, value in progress[part].items()}
-            ready = progress[part]["ready"] // saved * accumulation
-            progress[part] = {name: ready - behind for name, behind in lag.items()}
+            if isinstance(state, dict) and {"rows", "rows_per_micro_step"} <= state.keys():
+                state["rows"] -= surplus * state["rows_per_micro_step"]
 
 
 def _shift_batches(loops: dict[str, Any], by: int) -> None:

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 # short class names in configs resolve to classes that are imported
 import lit_interns1.callbacks
-import lit_interns1.data
+import lit_interns1.data.text_data_module
 import lit_interns1.modules
 import lit_interns1.optim
-from lit_interns1.callbacks import ExpertLoadRecorder, ThroughputMonitor, TokenClock
+from lit_interns1.callbacks import ConsoleProgress, ExpertLoadRecorder, ThroughputMonitor, TokenClock
 from lit_interns1.modules.language_model_module import read_checkpoint
 
 
@@ -114,18 +114,12 @@ def default_loggers(run_dir: Path) -> list[Logger]:
     mode = os.environ.get("WANDB_MODE")
     if mode != "disabled":
         offline = mode == "offline" or (mode is None and not logged_in_to_wandb())
-        os.environ.setdefault("WANDB_SILENT", "true" if offline else "false")
         loggers.append(WandbLogger(project="lit-interns1", name=run_dir.name, save_dir=str(run_dir), offline=offline))
     return loggers
 
 
 class KitCLI(LightningCLI):
     """LightningCLI with the kit's defaults: run directory, clock, checkpoints, throughput, expert load, logs."""
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser with short errors."""
-        kwargs.setdefault("dump_header", ["lit-interns1"])
-        return KitArgumentParser(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run directory and the callbacks that are always on, each with its own section."""
@@ -176,6 +170,12 @@ class KitCLI(LightningCLI):
             kwargs["logger"] = default_loggers(self._run_dir)
         elif self.subcommand != "fit" and config.trainer.logger is None:
             kwargs["logger"] = False
+        named = self._get(self.config_init, "trainer").callbacks or []
+        callbacks = list(named) if isinstance(named, (list, tuple)) else [named]
+        if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            kwargs["callbacks"] = [*callbacks, ConsoleProgress()]
+        if config.trainer.enable_model_summary is None:
+            kwargs["enable_model_summary"] = False
         return super().instantiate_trainer(**kwargs)
 
 
@@ -187,6 +187,7 @@ def run(args: Sequence[str] | None = None) -> KitCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_callback=SaveRunConfig,
+        parser_class=KitArgumentParser,
         parser_kwargs={"parser_mode": "omegaconf+"},
         args=list(args) if args is not None else None,
     )

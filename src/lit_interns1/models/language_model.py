@@ -9,7 +9,7 @@ Tokens are flat (T of them, documents one behind the other), so padding is never
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ class LanguageModel(nn.Module):
     def tie_weights(self) -> None:
         """Makes the head share the embedding's weight, if the config says so."""
         if self.config.tie_word_embeddings:
-            self.lm_head.tie(self.embed_tokens.weight)
+            self.lm_head.tie(cast(nn.Parameter, self.embed_tokens.weight))
 
     @property
     def moe_layers(self) -> list[MoEFeedForward]:

@@ -61,7 +61,7 @@ class LanguageModelModule(LightningModule):
 
     Args:
         config: The model's shape, or the name of a preset.
-        optimizer: Makes the optimizer from parameter groups. In YAML a `class_path` with `init_args`; default AdamW with
+        optimizer: Makes the optimizer from parameter groups. In YAML a `class_path` with `init_args`; default AdamW,
             rate 3e-4, β (0.9, 0.95), decay 0.1.
         schedule: Factor on the rate as a function of consumed tokens; None = constant.
         objective: The loss over token scores.
@@ -105,7 +105,8 @@ class LanguageModelModule(LightningModule):
         if not hasattr(self, "model"):
             with torch.device("meta"):
                 model = LanguageModel(self.config)
-            self.model = materialize(model, device="cpu", seed=self.seed, std=self.config.initializer_range)
+            materialize(model, device="cpu", seed=self.seed, std=self.config.initializer_range)
+            self.model = model
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over parameter groups with and without decay."""
@@ -144,7 +145,7 @@ class LanguageModelModule(LightningModule):
         assert scores is not None
         return scores
 
-    def training_step(self, batch: PackedBatch, batch_idx: int) -> SummedLoss:
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> SummedLoss:  # type: ignore[override]
         """Cross-entropy plus the routers' auxiliary losses."""
         hint = self.objective.gradient_hint(batch.labels, batch.sample_id_T)
         output = self(batch, targets=batch.labels, gradient_hint=hint)

@@ -53,12 +53,12 @@ class _PadRows(torch.autograd.Function):
     """Gathers tokens into padded groups. Padding receives no gradient, so backward gathers the real rows back."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, padded_index: Tensor, real_index: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, padded_index: Tensor, real_index: Tensor) -> Tensor:
         ctx.save_for_backward(real_index)
         return x.index_select(0, padded_index)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+    def backward(ctx, gradient: Tensor):
         (real_index,) = ctx.saved_tensors
         return gradient.index_select(0, real_index), None, None
 
@@ -67,13 +67,13 @@ class _TakeRows(torch.autograd.Function):
     """Takes the real rows out of padded groups; backward writes zeros into the padding."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, real_index: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, real_index: Tensor) -> Tensor:
         ctx.save_for_backward(real_index)
         ctx.padded_rows = x.shape[0]
         return x.index_select(0, real_index)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+    def backward(ctx, gradient: Tensor):
         (real_index,) = ctx.saved_tensors
         padded = gradient.new_zeros(ctx.padded_rows, *gradient.shape[1:])
         return padded.index_copy_(0, real_index, gradient), None

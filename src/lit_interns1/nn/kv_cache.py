@@ -96,10 +96,10 @@ class CachedAttention:
         values[self._sequence_T, self.position_ids_T] = v_TGd.to(values.dtype)
         if self._prompts is not None:
             return self._prompts(layer, q_THd, k_TGd, v_TGd)
-        past = (x[:, : self._longest].to(q_THd.dtype) for x in (keys, values))
+        k_past, v_past = (x[:, : self._longest].to(q_THd.dtype) for x in (keys, values))
         if self._one_each:
-            return causal_attention(q_THd[:, None], *past, self._mask)[:, 0]
+            return causal_attention(q_THd[:, None], k_past, v_past, self._mask)[:, 0]
         padded = q_THd.new_zeros(len(keys) * len(self._row), *q_THd.shape[1:])
         padded[self._slot_T] = q_THd
-        output = causal_attention(padded.view(len(keys), len(self._row), *q_THd.shape[1:]), *past, self._mask)
+        output = causal_attention(padded.view(len(keys), len(self._row), *q_THd.shape[1:]), k_past, v_past, self._mask)
         return output.reshape(-1, *q_THd.shape[1:])[self._slot_T]

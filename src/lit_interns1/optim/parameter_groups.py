@@ -18,7 +18,8 @@ def weight_decay_groups(model: nn.Module, decay_embeddings: bool = True) -> list
         decay_embeddings: Also decay embedding tables (a tied head is decayed with its table).
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue

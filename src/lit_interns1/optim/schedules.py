@@ -13,22 +13,23 @@ f: linear 1−p · cosine ½(1+cos πp) · one_minus_sqrt 1−√p (arXiv 2405.1
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 DecayShape = Literal["linear", "cosine", "one_minus_sqrt", "square", "exponential"]
 
 
-class TokenSchedule(Protocol):
-    """A factor on the peak learning rate as a function of consumed tokens."""
+class TokenSchedule(ABC):
+    """A factor on the peak learning rate as a function of consumed tokens. Derive from it to add a schedule."""
 
+    @abstractmethod
     def __call__(self, tokens: float) -> float:
         """The factor after `tokens` tokens."""
-        ...
 
 
 @dataclass(frozen=True)
-class WarmupStableDecay:
+class WarmupStableDecay(TokenSchedule):
     """Warm-up, constant phase, decay.
 
     Attributes:
@@ -57,7 +58,8 @@ class WarmupStableDecay:
                 raise ValueError(f"schedule.{name} must not be negative, got {getattr(self, name)}")
         if self.shape not in ("linear", "cosine", "one_minus_sqrt", "square", "exponential"):
             raise ValueError(
-                f"schedule.shape {self.shape!r} is unknown: choose linear, cosine, one_minus_sqrt, square or exponential"
+                f"schedule.shape {self.shape!r} is unknown: "
+                "choose linear, cosine, one_minus_sqrt, square or exponential"
             )
         for name in ("final_factor", "warmup_start_factor"):
             if not 0 <= getattr(self, name) <= 1:

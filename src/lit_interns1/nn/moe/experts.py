@@ -48,7 +48,8 @@ class RoutedExperts(nn.Module):
 
     def forward(self, rows: RoutedRows) -> Tensor:
         """Rows grouped by expert → (S, D), weighted and summed per source row."""
-        gate_up, down = self.gate_up_proj, self.down_proj
+        gate_up: Tensor = self.gate_up_proj
+        down: Tensor = self.down_proj
         if torch.is_autocast_enabled(rows.x_SD.device.type):
             dtype = torch.get_autocast_dtype(rows.x_SD.device.type)
             rows.x_SD, gate_up, down = rows.x_SD.to(dtype), gate_up.to(dtype), down.to(dtype)
