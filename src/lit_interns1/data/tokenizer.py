@@ -28,6 +28,28 @@ END_OF_TEXT_NAMES = (
 )
 
 
+# The thread pool of `tokenizers` does not survive a fork: a forked child (a loader worker, a rank of ddp_fork) that
+# encodes in parallel would wait for ever. The library turns parallelism off in the child, with a warning each time,
+# unless the variable below is set; it is set here for the time of the fork, so that the child keeps it.
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
+_set_for_fork = False
+
+
+def _before_fork() -> None:
+    global _set_for_fork
+    _set_for_fork = _PARALLELISM not in os.environ
+    os.environ.setdefault(_PARALLELISM, "false")
+
+
+def _after_fork_in_parent() -> None:
+    if _set_for_fork:
+        os.environ.pop(_PARALLELISM, None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
+
+
 class TokenizerError(ValueError):
     """A tokenizer cannot be loaded or lacks what is needed; the message names the file."""
 
@@ -53,8 +75,6 @@ class TextTokenizer:
         end_of_text: str | None = None,
         origin: str = "tokenizer",
     ) -> None:
-        # Fork of loader workers after encoding is safe here: they never encode. Saying so silences a warning.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self.tokenizer = tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
