@@ -29,9 +29,18 @@ from torch.nn import functional as F
 Scores = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """logp_T, logsumexp_T, entropy_T or None, rank_T or None."""
 
-_CHUNK_BYTES = {"cpu": 56 << 20}
-_CHUNK_BYTES_ELSEWHERE = 512 << 20  # an accelerator wants larger products; not tuned
 _WEIGHT_TILE_BYTES = 8 << 20
+
+
+def _default_chunk_tokens(device_type: str, bytes_per_token: int) -> int:
+    """How many tokens have logits at the same time."""
+    if device_type == "cpu":
+        # Larger chunks read and write the weight gradient less often. Beyond 128 rows MKL packs its operands into
+        # some 20 MiB of its own, so that many rows are worth it only where they are short.
+        size = max(min((56 << 20) // bytes_per_token, 128), (32 << 20) // bytes_per_token)
+    else:
+        size = (512 << 20) // bytes_per_token  # an accelerator wants larger products; not tuned
+    return max(size - size % 16 if size > 16 else size, 1)
 
 
 class _Plan(NamedTuple):
@@ -145,8 +154,7 @@ class _Buffers:
             element_bytes += hidden_TD.dtype.itemsize  # the chunk once more, in low precision
         size = plan.chunk_tokens
         if size is None:
-            size = _CHUNK_BYTES.get(hidden_TD.device.type, _CHUNK_BYTES_ELSEWHERE) // (vocabulary * element_bytes)
-            size = max(size - size % 16 if size > 16 else size, 1)
+            size = _default_chunk_tokens(hidden_TD.device.type, vocabulary * element_bytes)
         self.chunk_tokens = max(min(size, hidden_TD.shape[0]), 1)
         self.logits_CV = torch.empty((self.chunk_tokens, vocabulary), dtype=dtype, device=hidden_TD.device)
         self.scratch_CV = torch.empty_like(self.logits_CV) if with_scratch else None

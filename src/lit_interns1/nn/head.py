@@ -78,7 +78,7 @@ class LanguageModelHead(nn.Module):
         logits_dtype: None computes the logits in the dtype of the inputs (or of autocast); torch.float32 casts hidden
             states and weight first, whatever autocast says (V · D · 4 bytes more while the head is at work). Softmax
             and sums are float32 in any case.
-        chunk_tokens: Tokens whose logits exist at the same time when targets are scored; default: about 56 MiB of
+        chunk_tokens: Tokens whose logits exist at the same time when targets are scored; default: 32 to 56 MiB of
             logits on a CPU, 512 MiB elsewhere.
         initializer_std: Standard deviation of the initial weights.
 
