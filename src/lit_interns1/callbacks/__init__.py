@@ -2,6 +2,7 @@
 
 from lit_interns1.callbacks.console_progress import ConsoleProgress
 from lit_interns1.callbacks.expert_load import ExpertLoadRecorder
+from lit_interns1.callbacks.run_checkpoint import RunCheckpoint
 from lit_interns1.callbacks.throughput import ThroughputMonitor
 from lit_interns1.callbacks.token_clock import TokenClock
 from lit_interns1.callbacks.token_exact_loss import TokenExactLoss
@@ -10,6 +11,7 @@ from lit_interns1.callbacks.token_learning_rate import TokenLearningRate
 __all__ = [
     "ConsoleProgress",
     "ExpertLoadRecorder",
+    "RunCheckpoint",
     "ThroughputMonitor",
     "TokenClock",
     "TokenExactLoss",

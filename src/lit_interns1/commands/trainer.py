@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
@@ -24,7 +24,7 @@ import lit_interns1.callbacks
 import lit_interns1.data.text_data_module
 import lit_interns1.modules
 import lit_interns1.optim
-from lit_interns1.callbacks import ConsoleProgress, ExpertLoadRecorder, ThroughputMonitor, TokenClock
+from lit_interns1.callbacks import ConsoleProgress, ExpertLoadRecorder, RunCheckpoint, ThroughputMonitor, TokenClock
 from lit_interns1.modules.language_model_module import read_checkpoint
 
 
@@ -131,14 +131,14 @@ class KitCLI(LightningCLI):
             "exists; `--ckpt_path last` continues the run in it.",
         )
         parser.add_lightning_class_args(TokenClock, "clock")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
         parser.set_defaults(
             {
-                "checkpoint.save_last": True,
-                "checkpoint.save_top_k": 1,
-                "checkpoint.monitor": "val/loss",
-                "checkpoint.filename": "step-{step}",
-                "checkpoint.auto_insert_metric_name": False,
+                "best_checkpoint.monitor": "val/loss",
+                "best_checkpoint.filename": "best",
+                "best_checkpoint.save_top_k": 1,
+                "best_checkpoint.enable_version_counter": False,
             }
         )
         parser.add_lightning_class_args(ThroughputMonitor, "throughput")
@@ -149,8 +149,8 @@ class KitCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         self._run_dir = Path(config.run_dir)
         config.trainer.default_root_dir = str(self._run_dir)
-        if config.checkpoint.dirpath is None:
-            config.checkpoint.dirpath = str(self._run_dir / "checkpoints")
+        for section in (config.checkpoint, config.best_checkpoint):
+            section.dirpath = section.dirpath or str(self._run_dir / "checkpoints")
         path = config.get("ckpt_path")
         if self.subcommand == "fit" and path is None and self._run_dir.exists() and any(self._run_dir.iterdir()):
             self.parser.error(
@@ -179,14 +179,20 @@ class KitCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def run(args: Sequence[str] | None = None) -> KitCLI:
-    """Runs one of the Trainer's commands; `args` begins with its name."""
+def run(args: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) -> KitCLI:
+    """Runs one of the Trainer's commands.
+
+    Args:
+        args: Begins with the command's name; None = the arguments of the process.
+        callbacks: More callbacks for the Trainer, for runs from Python.
+    """
     return KitCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_callback=SaveRunConfig,
+        trainer_defaults={"callbacks": list(callbacks)},
         parser_class=KitArgumentParser,
         parser_kwargs={"parser_mode": "omegaconf+"},
         args=list(args) if args is not None else None,
