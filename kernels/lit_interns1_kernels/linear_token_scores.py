@@ -225,7 +225,7 @@ def _promise_factor(received: list[tuple[Tensor | None, Tensor]]) -> float | Non
     factor = torch.where(norm > 0, (got.double() * wide).sum() / norm, 0.0)
     expected = factor * wide
     tolerance = 16 * torch.finfo(promised.dtype).eps
-    kept = ((got.double() - expected).abs() <= tolerance * expected.abs()).all() & factor.isfinite()
+    kept = ((got.double() - expected).abs() <= tolerance * expected.abs()).all()  # False where something is not finite
     value, is_kept = torch.stack([factor, kept.double()]).tolist()
     return value if is_kept else None
 

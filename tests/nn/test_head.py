@@ -389,6 +389,20 @@ def test_float32_logits_of_a_bfloat16_model_are_exact() -> None:
         assert_close_relative(a, e, 4e-3)
 
 
+@pytest.mark.parametrize("hinted", [False, True])
+def test_float32_logits_have_float32_gradients_under_autocast(hinted: bool) -> None:
+    hidden, head, targets = example()
+    head.logits_dtype = torch.float32
+    weight = hint_weights(targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = head(hidden, targets, gradient_hint=GradientHint(weight) if hinted else None)
+        actual = gradients(hinted_loss(scores, weight, 0.0), hidden, head.weight)
+    expected_scores = oracle(hidden, head.weight, targets)
+    expected = gradients(hinted_loss(expected_scores, weight.double(), 0.0), hidden, head.weight)
+    for a, e in zip(actual, expected):
+        assert_close_relative(a, e, 2e-6)
+
+
 def test_huge_logits_stay_finite() -> None:
     hidden, head, targets = example()
     with torch.no_grad():
