@@ -138,11 +138,18 @@ def test_workers_change_nothing(reader: RowReader):
     assert rows_of(next(iter(stopped))) == expected(reader, 6, 2)
 
 
+def test_workers_leave_the_random_state_alone(reader: RowReader):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    next(iter(make_loader(reader, num_workers=1)))
+    assert torch.get_rng_state().equal(before)
+
+
 def test_limited_epochs(reader: RowReader):
     loader = make_loader(reader, batches_per_epoch=4)
     assert len(loader) == 4
     seen = [[row for batch in loader for row in rows_of(batch)] for _ in range(4)]
-    assert sum(seen, []) == expected(reader, 0, 32)
+    assert [row for epoch in seen for row in epoch] == expected(reader, 0, 32)
     assert [len(epoch) for epoch in seen] == [8] * 4
     assert loader.batches_done == 4
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_random_documents(seed: int):
     assert bounds[0] == 0
     assert bounds[-1] == len(batch.input_ids) == batch.num_rows * row_length
     seen = []
-    for a, b in zip(bounds[:-1], bounds[1:]):
+    for a, b in pairwise(bounds):
         assert a // row_length == (b - 1) // row_length
         assert batch.position_ids[a:b].tolist() == list(range(b - a))
         assert len(set(batch.sample_id_T[a:b].tolist())) == 1
@@ -93,7 +94,7 @@ def test_random_documents(seed: int):
             seen.append(int(batch.sample_id_T[a]))
             assert batch.input_ids[a:b].diff().eq(1).all()
     assert seen == list(range(len(seen)))
-    assert batch.max_seqlen == max(b - a for a, b in zip(bounds[:-1], bounds[1:]))
+    assert batch.max_seqlen == max(b - a for a, b in pairwise(bounds))
     assert batch.num_tokens == len(everything)
     assert batch.num_loss_tokens == sum(max(n - 1, 0) for n in lengths)
     if policy == "split":

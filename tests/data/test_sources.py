@@ -111,6 +111,9 @@ def test_broken(tmp_path: Path):
     (tmp_path / "c.jsonl").write_text('{"text": 3}\n')
     with pytest.raises(SourceError, match=r"c\.jsonl, line 1: the field 'text' must be a string, got int"):
         read(tmp_path / "c.jsonl")
+    (tmp_path / "d.jsonl").write_text('{"text": "fine \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
+    with pytest.raises(SourceError, match=r"d\.jsonl, line 2: .* half of a surrogate pair"):
+        read(tmp_path / "d.jsonl")
     whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(5000)))
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SourceError, match=r"cut\.jsonl\.gz: truncated or damaged gzip file, after line [1-9]"):
@@ -163,3 +166,11 @@ def test_content_hash(tmp_path: Path):
     assert TextSource(str(file), lines=True).content_hash() != plain
     file.write_text("one\n\ntwa")  # same size, and the time of change may be the same
     assert TextSource(str(file)).content_hash() != plain
+
+
+def test_prefix_and_suffix_stand_around_every_document_and_change_the_cache_key(tmp_path):
+    path = tmp_path / "molecules.txt"
+    path.write_text("CCO\n\nc1ccccc1\n")
+    tagged = TextSource(str(path), lines=True, prefix="<SMILES>", suffix="</SMILES>")
+    assert list(tagged.documents()) == ["<SMILES>CCO</SMILES>", "<SMILES>c1ccccc1</SMILES>"]
+    assert tagged.content_hash() != TextSource(str(path), lines=True).content_hash()

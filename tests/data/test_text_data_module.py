@@ -189,7 +189,7 @@ def test_data_are_checked_before_training(folder: Path):
         ready(folder, sources=[str(folder / "a.txt")], validation_fraction=0.01)
     with pytest.raises(ValueError, match="rows, fewer than global_batch_size=100000"):
         ready(folder, global_batch_size=100_000)
-    with pytest.raises(ValueError, match="source 'a': document 0 has [0-9]+ tokens, more than row_length=16"):
+    with pytest.raises(ValueError, match=r"source 'a': document 0 has [0-9]+ tokens, more than row_length=16"):
         ready(folder, sources=[str(folder / "a.txt")], packing="whole")
     with pytest.raises(RuntimeError, match="call prepare_data"):
         make(folder).val_dataloader()

@@ -71,7 +71,7 @@ def test_damaged_store(source: TextSource, tmp_path: Path):
 
 def test_cache_directory_that_cannot_be(source: TextSource, tmp_path: Path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(SourceError, match="cache_dir=.*cannot be written"):
+    with pytest.raises(SourceError, match=r"cache_dir=.*cannot be written"):
         open_or_build(source, load_tokenizer(), tmp_path / "file" / "cache")
 
 

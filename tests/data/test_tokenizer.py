@@ -50,7 +50,7 @@ def test_files_and_directories(tmp_path: Path):
     assert load_tokenizer(tmp_path, end_of_text="b").end_of_text_id == 2
     with pytest.raises(TokenizerError, match=r"has no end-of-text token '<x>'; .*special tokens are: </s>"):
         load_tokenizer(tmp_path, end_of_text="<x>")
-    with pytest.raises(TokenizerError, match="has no end-of-text token '<|endoftext|>' or '</s>'"):
+    with pytest.raises(TokenizerError, match=r"has no end-of-text token '<\|endoftext\|>' or '</s>'"):
         TextTokenizer(small([]))
 
 
@@ -72,7 +72,7 @@ def test_vocabulary_and_merges(tmp_path: Path):
 
 
 def test_missing(tmp_path: Path):
-    with pytest.raises(TokenizerError, match="the directory has neither tokenizer.json nor vocab.json"):
+    with pytest.raises(TokenizerError, match=r"the directory has neither tokenizer\.json nor vocab\.json"):
         load_tokenizer(tmp_path)
     with pytest.raises(TokenizerError, match=r"none\.json'?: no such file"):
         load_tokenizer(tmp_path / "none.json")

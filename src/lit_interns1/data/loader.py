@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lit_interns1.data.order import RowOrder
@@ -49,7 +50,14 @@ def _batches(dataset: Dataset[PackedBatch], items: range, num_workers: int, pin_
             batch = dataset[item]
             yield batch.pin_memory() if pin_memory else batch
         return
-    yield from DataLoader(dataset, batch_size=None, sampler=items, num_workers=num_workers, pin_memory=pin_memory)
+    yield from DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=items,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else it draws from the global one, and dropout would depend on num_workers
+    )
 
 
 class ResumableLoader:

@@ -20,6 +20,7 @@ import gzip
 import hashlib
 import json
 import sysconfig
+import tokenize
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class TextSource:
         text_field: Field (JSONL) or column (Parquet) that holds the text.
         document_separator: String that separates the documents of a `.txt` file, e.g. two newlines for a blank line.
         lines: Every line of a `.txt` file is a document (SMILES, sentences).
+        prefix: Text put in front of every document, such as the tag `<SMILES>` by which a model knows the domain.
+        suffix: Text put behind every document.
 
     Raises:
         SourceError: For an empty path, an unknown `bundled:` name, a weight that is not positive, or `lines` together
@@ -62,6 +65,8 @@ class TextSource:
     text_field: str = "text"
     document_separator: str | None = None
     lines: bool = False
+    prefix: str = ""
+    suffix: str = ""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -130,7 +135,7 @@ class TextSource:
     def content_hash(self) -> str:
         """A hash of the contents and kinds of all files and of every option that changes the documents."""
         digest = hashlib.blake2b(digest_size=16)
-        options = [self.text_field, self.document_separator, self.splits_lines]
+        options = [self.text_field, self.document_separator, self.splits_lines, self.prefix, self.suffix]
         digest.update(json.dumps(options).encode())
         for path in self.files():
             digest.update(f"\0{_suffix(path) or path.suffix}\0{path.stat().st_size}\0".encode())
@@ -151,7 +156,7 @@ class TextSource:
             for text in self._read(path, fields_seen):
                 if text and not text.isspace():
                     found += 1
-                    yield text
+                    yield f"{self.prefix}{text}{self.suffix}"
         if found:
             return
         what = self.path if len(files) > 1 else str(files[0])
@@ -166,6 +171,9 @@ class TextSource:
             return self._read_parquet(path, fields_seen)
         if suffix in (".jsonl", ".jsonl.gz"):
             return self._read_json_lines(path, fields_seen)
+        if suffix is None:  # a module of the standard library, in the encoding that it declares
+            with tokenize.open(path) as stream:
+                return iter([stream.read()])
         if self.splits_lines:
             return (line.rstrip("\r\n") for _, line in _decoded_lines(path))
         if self.document_separator is not None:
@@ -187,6 +195,13 @@ class TextSource:
             if text is not None and not isinstance(text, str):
                 kind = type(text).__name__
                 raise SourceError(f"{path}, line {number}: the field {self.text_field!r} must be a string, got {kind}")
+            if text and "\\u" in line:
+                try:
+                    text.encode("utf-8")
+                except UnicodeEncodeError:
+                    raise SourceError(
+                        f"{path}, line {number}: the field {self.text_field!r} holds half of a surrogate pair"
+                    ) from None
             yield text or ""
 
     def _read_parquet(self, path: Path, fields_seen: set[str]) -> Iterator[str]:
