@@ -37,8 +37,8 @@ SPECIAL_TOKENS = (
     "<|im_end|>",
     "<|image|>",
     "<|time_series|>",
-    "<|reserved_0|>",
-    "<|reserved_1|>",
+    "<SMILES>",
+    "</SMILES>",
 )
 BRACKET_ATOM = r"\[[0-9A-Za-z@+\-]{1,8}\]"
 SHORT_BRANCH = r"\((?:=[ONS]|[OCNF]|Cl|Br)\)"

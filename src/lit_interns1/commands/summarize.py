@@ -90,8 +90,8 @@ def molecules(model: LanguageModel, data: TextDataModule, number: int, seed: int
     if len(opening) != 1 or len(closing) != 1:
         return []
     output = generate(
-        model, [opening] * number, max_new_tokens=96, temperature=0.8, stop_ids=[*closing, data.tokenizer.end_of_text_id],
-        seed=seed,
+        model, [opening] * number, max_new_tokens=96, temperature=0.8,
+        stop_ids=[*closing, data.tokenizer.end_of_text_id], seed=seed,
     )  # fmt: skip
     texts = []
     for tokens, finished in zip(output.token_ids, output.finished, strict=True):
@@ -166,7 +166,7 @@ def summary(
     pictures = draw_pictures(run, {name: value for name, value in losses.items() if name != "model"})
     written = molecules(model, data, num_molecules, seed) if num_molecules else []
     checks = [(text, check_smiles(text)) for text in written]
-    clock = next((s for key, s in checkpoint["callbacks"].items() if key.startswith("TokenClock")), {})
+    clock: dict[str, Any] = next((s for key, s in checkpoint["callbacks"].items() if key.startswith("TokenClock")), {})
     result = {
         "run": run_dir.name,
         "tokens": clock.get("tokens", 0),
