@@ -19,8 +19,11 @@ from torch.nn import functional as F
 ExpertBackend = Literal["grouped_mm", "loop"]
 
 
-def check_grouped_mm_sizes(hidden_size: int, intermediate_size: int, element_size: int = 4) -> str | None:
-    """Why `torch.nn.functional.grouped_mm` cannot take these sizes (rows must be multiples of 16 bytes), or None."""
+def check_grouped_mm_sizes(hidden_size: int, intermediate_size: int, element_size: int = 2) -> str | None:
+    """Why `torch.nn.functional.grouped_mm` cannot take these sizes (rows must be multiples of 16 bytes), or None.
+
+    The default element size is that of bfloat16: sizes that pass work in float32, too.
+    """
     step = 16 // element_size
     for name, size in (("hidden_size", hidden_size), ("the experts' intermediate_size", intermediate_size)):
         if size % step:

@@ -1,6 +1,6 @@
 """lit-interns1: PyTorch Lightning components for the Intern-S1 family of scientific foundation models.
 
-The names below are loaded when they are first used, so that ``import lit_interns1`` imports neither torch nor Lightning.
+The names below are loaded when they are first used: ``import lit_interns1`` imports neither torch nor Lightning.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ def main(args: Sequence[str] | None = None) -> None:
         from jsonargparse import auto_cli
 
         module, function = COMMANDS[command][0].split(":")
-        auto_cli(getattr(import_module(module), function), args=rest, as_positional=False)
+        action = getattr(import_module(module), function)
+        auto_cli(action, args=rest, as_positional=False, prog=f"lit-interns1 {command}")
     elif command in TRAINER_COMMANDS:
         if "-h" in rest or "--help" in rest:
             print("loading PyTorch and Lightning …", file=sys.stderr, flush=True)

@@ -35,8 +35,8 @@ def test_values_and_gradients_equal_the_dense_computation(backend, case):
     ids, weights = routing_case(case)
     generator = torch.Generator().manual_seed(1)
     leaves = [
-        torch.randn(len(ids), 16, generator=generator), torch.randn(8, 24, 16, generator=generator) / 4,
-        torch.randn(8, 16, 12, generator=generator) / 4, weights,
+        torch.randn(len(ids), 16, generator=generator), torch.randn(8, 48, 16, generator=generator) / 4,
+        torch.randn(8, 16, 24, generator=generator) / 4, weights,
     ]  # fmt: skip
     ours = [leaf.clone().requires_grad_() for leaf in leaves]
     oracle = [leaf.clone().requires_grad_() for leaf in leaves]
@@ -55,7 +55,7 @@ def test_values_and_gradients_equal_the_dense_computation(backend, case):
 def test_rows_behind_the_last_offset_neither_count_nor_poison():
     ids, weights = routing_case("random")
     x = torch.randn(37, 16)
-    experts = RoutedExperts(8, 16, 12, initializer_std=0.3)
+    experts = RoutedExperts(8, 16, 24, initializer_std=0.3)
     initialize_parameters(experts)
     rows = LocalDispatcher(8).dispatch(x, ids, weights)
     exact = experts(rows)
@@ -89,7 +89,7 @@ def test_dispatch_groups_rows_by_expert_and_keeps_every_choice():
 
 def test_layer_is_router_dispatch_experts_and_combine():
     router = TopKRouter(16, 8, 2, initializer_std=0.5)
-    layer = MoEFeedForward(router, RoutedExperts(8, 16, 12, initializer_std=0.3))
+    layer = MoEFeedForward(router, RoutedExperts(8, 16, 24, initializer_std=0.3))
     initialize_parameters(layer)
     x = torch.randn(21, 16)
     y, routing = layer(x)
@@ -98,6 +98,6 @@ def test_layer_is_router_dispatch_experts_and_combine():
 
 
 def test_sizes_that_grouped_mm_cannot_take_are_refused_at_construction():
-    with pytest.raises(ValueError, match="intermediate_size = 13 must be a multiple of 4"):
-        RoutedExperts(8, 16, 13)
-    RoutedExperts(8, 16, 13, backend="loop")
+    with pytest.raises(ValueError, match="intermediate_size = 12 must be a multiple of 8"):
+        RoutedExperts(8, 16, 12)
+    RoutedExperts(8, 16, 12, backend="loop")

@@ -1,6 +1,7 @@
 """Callbacks: one file each; they work with any LightningModule unless their page says otherwise."""
 
 from lit_interns1.callbacks.console_progress import ConsoleProgress
+from lit_interns1.callbacks.expert_bias import ExpertBiasUpdate
 from lit_interns1.callbacks.expert_load import ExpertLoadRecorder
 from lit_interns1.callbacks.run_checkpoint import RunCheckpoint
 from lit_interns1.callbacks.throughput import ThroughputMonitor
@@ -10,6 +11,7 @@ from lit_interns1.callbacks.token_learning_rate import TokenLearningRate
 
 __all__ = [
     "ConsoleProgress",
+    "ExpertBiasUpdate",
     "ExpertLoadRecorder",
     "RunCheckpoint",
     "ThroughputMonitor",

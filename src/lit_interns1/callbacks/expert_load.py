@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
 
+from lit_interns1.callbacks.router_counter import RouterCounter
 from lit_interns1.callbacks.token_clock import TokenClock
-from lit_interns1.models import LanguageModel, LanguageModelOutput
-from lit_interns1.training import all_reduce_sum
 
 
 class ExpertLoadRecorder(Callback):
@@ -33,19 +31,16 @@ class ExpertLoadRecorder(Callback):
         if every_n_steps < 1:
             raise ValueError(f"ExpertLoadRecorder.every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps, self.path = every_n_steps, path
-        self._counts_LE: Tensor | None = None
         self._tokens: list[int] = []
         self._loads: list[np.ndarray] = []
-        self._hooks: list[Any] = []
+        self._counter = RouterCounter()
 
     def _file(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / self.path
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts listening; continues the file of a resumed run up to the restored clock."""
-        for module in pl_module.modules():
-            if isinstance(module, LanguageModel):
-                self._hooks.append(module.register_forward_hook(self._add))
+        self._counter.listen(pl_module)
         restored = TokenClock.of(trainer).tokens
         if restored and self._file(trainer).exists():
             with np.load(self._file(trainer)) as saved:
@@ -53,21 +48,16 @@ class ExpertLoadRecorder(Callback):
                 self._tokens = saved["tokens"][keep].tolist()
                 self._loads = list(saved["load"][keep])
 
-    def _add(self, module: nn.Module, arguments: Any, output: LanguageModelOutput) -> None:
-        if not module.training or not output.router_stats:
-            return
-        counts_LE = torch.stack([stats.counts_E for stats in output.router_stats])
-        self._counts_LE = counts_LE if self._counts_LE is None else self._counts_LE + counts_LE
-
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Takes a point every n steps."""
         clock = TokenClock.of(trainer).commit(trainer)
-        if self._counts_LE is None or clock.steps % self.every_n_steps:
+        if clock.steps % self.every_n_steps:
             return
-        counts_LE = all_reduce_sum(self._counts_LE)
-        self._counts_LE = None
+        counts_LE = self._counter.take()
+        if counts_LE is None:
+            return
         load_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
         pl_module.log("router/max_violation", (load_LE.amax(-1) * load_LE.shape[1] - 1).mean())
         self._tokens.append(clock.tokens)
@@ -89,6 +79,4 @@ class ExpertLoadRecorder(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the file and stops listening."""
         self._write(trainer)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._counter.stop()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_interns1.callbacks.token_clock import TokenClock, data_parallel_size
+from lit_interns1.callbacks.token_clock import TokenClock, data_parallel_size, logs_now
 from lit_interns1.models import LanguageModel, flops_per_token
 
 PEAK_BF16_FLOPS: dict[str, float] = {
@@ -91,7 +91,7 @@ class ThroughputMonitor(Callback):
             self._started = now
             self._tokens += tokens
             self._steps += 1
-        if self._steps and trainer._logger_connector.should_update_logs:
+        if self._steps and logs_now(trainer):
             rate = self._tokens / self._seconds
             pl_module.log("throughput/tokens_per_second", rate, prog_bar=True)
             pl_module.log("throughput/step_seconds", self._seconds / self._steps)

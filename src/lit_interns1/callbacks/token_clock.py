@@ -25,6 +25,11 @@ def data_parallel_size(trainer: Trainer) -> int:
     return int(getattr(trainer.strategy, "distributed_sampler_kwargs", {}).get("num_replicas", 1))
 
 
+def logs_now(trainer: Trainer) -> bool:
+    """Whether what is logged in this optimizer step will be written; a call of `log` that is not costs 0.3 ms."""
+    return trainer._logger_connector.should_update_logs
+
+
 class TokenClock(Callback):
     """Counts consumed tokens.
 
@@ -95,7 +100,8 @@ class TokenClock(Callback):
     ) -> None:
         """Commits the counts of the step."""
         state = self.commit(trainer)
-        pl_module.log("train/tokens", float(state.tokens), prog_bar=False)
+        if logs_now(trainer):
+            pl_module.log("train/tokens", float(state.tokens))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,7 +132,8 @@ class TokenClock(Callback):
         if surplus == 0 or last_window:
             return
         _shift_batches(loops, -surplus)
-        for state in loops["state_dict"].get("combined_loader", []):
+        data = checkpoint.get(type(getattr(trainer, "datamodule", None)).__qualname__)
+        for state in [*loops["state_dict"].get("combined_loader", []), data]:
             if isinstance(state, dict) and {"rows", "rows_per_micro_step"} <= state.keys():
                 state["rows"] -= surplus * state["rows_per_micro_step"]
 

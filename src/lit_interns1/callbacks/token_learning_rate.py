@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_interns1.callbacks.token_clock import TokenClock
+from lit_interns1.callbacks.token_clock import TokenClock, logs_now
 from lit_interns1.optim import TokenSchedule
 
 
@@ -31,4 +31,5 @@ class TokenLearningRate(Callback):
         factor = self.schedule(TokenClock.of(trainer).commit(trainer).tokens)
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-        pl_module.log("optim/lr", optimizer.param_groups[0]["lr"], prog_bar=False)
+        if logs_now(trainer):
+            pl_module.log("optim/lr", optimizer.param_groups[0]["lr"])

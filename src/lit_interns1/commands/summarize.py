@@ -112,7 +112,8 @@ def report_lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"\n## Molecules\n\n{valid} of {len(result['molecules'])} keep the rules of SMILES.\n"
         yield "| | SMILES | |\n|---|---|---|"
         for entry in result["molecules"]:
-            yield f"| {'✓' if entry['valid'] else '✗'} | `{entry['smiles']}` | {entry['reason'] or ''} |"
+            smiles = " ".join(entry["smiles"].replace("|", "\\|").split())
+            yield f"| {'✓' if entry['valid'] else '✗'} | `{smiles}` | {entry['reason'] or ''} |"
     yield "\n## Pictures\n"
     for name, path in result["pictures"].items():
         yield f"![{name}]({path})"

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import wandb
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -25,6 +28,7 @@ import lit_interns1.data.text_data_module
 import lit_interns1.modules
 import lit_interns1.optim
 from lit_interns1.callbacks import ConsoleProgress, ExpertLoadRecorder, RunCheckpoint, ThroughputMonitor, TokenClock
+from lit_interns1.data.tokenizer import TextTokenizer
 from lit_interns1.modules.language_model_module import read_checkpoint
 
 
@@ -58,31 +62,36 @@ class KitArgumentParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Prints the complaint and ends with status 2."""
         text = str(message)
-        found = re.findall(
-            r"(?:[Kk]ey|option|Option|arguments?:?|Unrecognized arguments:)\s+[\"'`]?(-{0,2}[\w.]+)", text
-        )
-        unknown = re.search(
-            r"not expected|[Uu]nrecognized|not accepted|does not exist|Unknown|unexpected keyword", text
-        )
+        unknown = re.search(r"[Oo]ption '([\w.]+)'|unrecognized arguments: -*([\w.]+)|Key '([\w.]+)' is not", text)
         if unknown:
+            key = next(name for name in unknown.groups() if name)
             names = known_option_names(self)
-            for key in [*re.findall(r"Key [\"']([\w.]+)[\"'] is not expected", text), *reversed(found)]:
-                leaf = key.lstrip("-").split(".")[-1]
-                if leaf in names:
-                    continue
-                near = get_close_matches(leaf, sorted(names), n=1, cutoff=0.6)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                print(f"lit-interns1: unknown option {key!r}{hint}", file=sys.stderr)
-                break
-        print(f"lit-interns1: error: {text}", file=sys.stderr)
-        raise SystemExit(2)
+            part = next((part for part in key.split(".") if part not in names), key)
+            sections = {action.dest.split(".")[0] for action in self._actions} if part == key.split(".")[0] else set()
+            near = get_close_matches(part, sorted(sections), n=1, cutoff=0.7)
+            near = near or get_close_matches(part, sorted(names), n=1, cutoff=0.6)
+            text = f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        fail(text)
+
+
+def fail(text: str) -> NoReturn:
+    """Ends the program with one line on standard error and status 2."""
+    print(f"lit-interns1: error: {text}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The first error of a chain: what went wrong, not who noticed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the full config into the run directory; a resumed run writes a numbered one beside the first."""
+    """Writes the full config and the tokenizer into the run directory; a resumed run writes a numbered config more."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes `config.yaml`, or `config-resumed-N.yaml` where one is there already."""
+        """Writes `tokenizer.json` and `config.yaml`, or `config-resumed-N.yaml` where one is there already."""
         if stage != "fit" or not trainer.is_global_zero:
             return
         directory = Path(trainer.default_root_dir)
@@ -91,7 +100,10 @@ class SaveRunConfig(SaveConfigCallback):
         while target.exists():
             number += 1
             target = directory / f"config-resumed-{number}.yaml"
-        self.parser.save(self.config, target, skip_none=False, skip_check=True, multifile=False)
+        self.parser.save(self.config, target, skip_validation=True, multifile=False)
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if isinstance(tokenizer, TextTokenizer) and not (directory / "tokenizer.json").exists():
+            tokenizer.save(directory / "tokenizer.json")
 
 
 def logged_in_to_wandb() -> bool:
@@ -114,7 +126,18 @@ def default_loggers(run_dir: Path) -> list[Logger]:
     mode = os.environ.get("WANDB_MODE")
     if mode != "disabled":
         offline = mode == "offline" or (mode is None and not logged_in_to_wandb())
-        loggers.append(WandbLogger(project="lit-interns1", name=run_dir.name, save_dir=str(run_dir), offline=offline))
+        if offline:
+            os.environ.setdefault("WANDB_SILENT", "true")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        loggers.append(
+            WandbLogger(
+                project="lit-interns1",
+                name=run_dir.name,
+                save_dir=str(run_dir),
+                offline=offline,
+                settings=wandb.Settings(silent=offline),
+            )
+        )
     return loggers
 
 
@@ -144,28 +167,57 @@ class KitCLI(LightningCLI):
         parser.add_lightning_class_args(ThroughputMonitor, "throughput")
         parser.add_lightning_class_args(ExpertLoadRecorder, "expert_load")
 
+    def _parse_ckpt_path(self) -> None:
+        """Looks at the checkpoint before anything else; hyper-parameters are taken from it only if it has some."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is None or path in ("last", "best", "hpc") or Path(path).is_dir():
+            return
+        try:
+            checkpoint = read_checkpoint(path)
+        except (OSError, ValueError) as error:
+            fail(f"--ckpt_path: {error}")
+        if "hyper_parameters" in checkpoint:
+            super()._parse_ckpt_path()
+
     def before_instantiate_classes(self) -> None:
         """Names everything after the run directory, and refuses one that is in use."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
+        config = self.config[self.subcommand]
         self._run_dir = Path(config.run_dir)
+        self._run_dir_is_new = not self._run_dir.exists()
         config.trainer.default_root_dir = str(self._run_dir)
         for section in (config.checkpoint, config.best_checkpoint):
             section.dirpath = section.dirpath or str(self._run_dir / "checkpoints")
         path = config.get("ckpt_path")
         if self.subcommand == "fit" and path is None and self._run_dir.exists() and any(self._run_dir.iterdir()):
-            self.parser.error(
+            fail(
                 f"run directory {self._run_dir} exists already: continue it with --ckpt_path last, "
                 "or name a new one with --run_dir"
             )
-        if path is not None and path not in ("last", "best", "hpc", "registry") and Path(path).suffix == ".ckpt":
-            try:
-                read_checkpoint(path)
-            except (OSError, ValueError) as error:
-                self.parser.error(f"--ckpt_path: {error}")
+
+    def instantiate_classes(self) -> None:
+        """Builds trainer, model and data; a value that they refuse is one line, not a traceback."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, OSError) as error:
+            fail(str(innermost(error)))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs; what goes wrong before the first batch is one line, and leaves no half-made run directory."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (ValueError, OSError) as error:
+            started = self.trainer.fit_loop.epoch_loop.total_batch_idx >= 0
+            if started or self.trainer.global_rank != 0 or "LIT_INTERNS1_TRACEBACK" in os.environ:
+                raise
+            if wandb.run is not None:
+                wandb.finish(exit_code=1)
+            if subcommand == "fit" and self._run_dir_is_new:
+                shutil.rmtree(self._run_dir, ignore_errors=True)
+            fail(f"{innermost(error)}\n(LIT_INTERNS1_TRACEBACK=1 shows where)")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the default loggers to `fit`, unless the config names some."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
+        config = self.config[self.subcommand]
         if self.subcommand == "fit" and config.trainer.logger in (None, True):
             kwargs["logger"] = default_loggers(self._run_dir)
         elif self.subcommand != "fit" and config.trainer.logger is None:
@@ -186,6 +238,9 @@ def run(args: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) -
         args: Begins with the command's name; None = the arguments of the process.
         callbacks: More callbacks for the Trainer, for runs from Python.
     """
+    # resuming into the run's own directory is what is asked for; the other comes from Lightning with new torch releases
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     return KitCLI(
         LightningModule,
         LightningDataModule,

@@ -18,7 +18,7 @@ IGNORED_LABEL = -100
 """Label of a position without loss."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedBatch:
     """One micro-batch of packed rows.
 

@@ -57,13 +57,13 @@ class TextDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        sources: list[TextSource | str] | str,
+        sources: list[str | TextSource] | str,
         tokenizer: str | TextTokenizer = "bundled:tokenizer",
         row_length: int = 512,
         global_batch_size: int = 32,
         micro_batch_size: int = 8,
         validation_fraction: float = 0.0,
-        validation_sources: list[TextSource | str] | str | None = None,
+        validation_sources: list[str | TextSource] | str | None = None,
         validation_rows: int | None = None,
         packing: PackingPolicy = "split",
         overlong: OverlongPolicy = "error",
@@ -107,6 +107,7 @@ class TextDataModule(pl.LightningDataModule):
         self._validation: RowReader | None = None
         self._order: RowOrder | None = None
         self._train_loader: ResumableLoader | None = None
+        self._restored: dict[str, Any] = {}
 
     # what is known before any data is read
 
@@ -200,8 +201,24 @@ class TextDataModule(pl.LightningDataModule):
                 batches_per_epoch=self._limit(batch),
                 identity=self._identity(),
             )
+            if self._restored:
+                self._train_loader.load_state_dict(self._restored)
             self._train_loader.on_load = self._align_progress
         return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the training rows.
+
+        Lightning stores it with the loader, too, but does not give it back to a run that goes on after its end (with a
+        larger budget): that run would start again at the first row.
+        """
+        return self._train_loader.state_dict() if self._train_loader is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues behind the rows of the checkpoint; see `ResumableLoader.load_state_dict`."""
+        self._restored = state_dict
+        if self._train_loader is not None and state_dict:
+            self._train_loader.load_state_dict(state_dict)
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """Every validation token once over all ranks; an empty list if there is nothing to validate on."""

@@ -90,6 +90,10 @@ class TextTokenizer:
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint = fingerprint or hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest()
 
+    def save(self, path: str | Path) -> None:
+        """Writes one `tokenizer.json` that `load_tokenizer` reads."""
+        self.tokenizer.save(str(path))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, without an end-of-text id; special tokens written in the text become their ids."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids

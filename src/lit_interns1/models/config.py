@@ -68,7 +68,7 @@ class MoEConfig:
         intermediate_size: Width inside one expert.
         router: "topk" (Intern-S1), "grouped" (Intern-S1-Pro: K/G experts in each of G groups) or "sigmoid" (with a
             bias that balances the load without a loss).
-        num_groups: G; divides E and K. 1 unless the router is grouped.
+        num_groups: G; divides E and K. 1 for "topk".
         normalize_weights: Divide the K weights by their sum (`norm_topk_prob`).
         scaling_factor: Multiplies the weights.
         router_dtype: "float32", or "native" = the model's type.

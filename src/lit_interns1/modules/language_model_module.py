@@ -15,7 +15,8 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from lit_interns1.callbacks import TokenClock, TokenExactLoss, TokenLearningRate
+from lit_interns1.callbacks import ExpertBiasUpdate, TokenClock, TokenExactLoss, TokenLearningRate
+from lit_interns1.callbacks.token_clock import logs_now
 from lit_interns1.data.packed_batch import PackedBatch
 from lit_interns1.models import LanguageModel, LanguageModelConfig, MoEConfig, PositionConfig, preset
 from lit_interns1.models.language_model import LanguageModelOutput
@@ -61,6 +62,7 @@ class LanguageModelModule(LightningModule):
 
     Args:
         config: The model's shape, or the name of a preset.
+        changes: Fields of the preset to change, by name, such as `vocab_size`.
         optimizer: Makes the optimizer from parameter groups. In YAML a `class_path` with `init_args`; default AdamW,
             rate 3e-4, β (0.9, 0.95), decay 0.1.
         schedule: Factor on the rate as a function of consumed tokens; None = constant.
@@ -69,8 +71,8 @@ class LanguageModelModule(LightningModule):
         seed: Seed of the initial weights.
         decay_embeddings: Also apply weight decay to the embedding.
 
-    Logs `train/loss` (cross-entropy per token over the optimizer step), `train/balance`, `train/router_z`,
-    `train/tokens`, `optim/lr`, `val/loss`, and `val/loss/{source}` if batches carry `source_id`.
+    Logs `train/loss` (the objective per token over the optimizer step, without the routers' losses), `train/balance`,
+    `train/router_z`, `train/tokens`, `optim/lr`, `val/loss`, and `val/loss/{source}` if batches carry `source_id`.
     """
 
     model: LanguageModel
@@ -79,6 +81,7 @@ class LanguageModelModule(LightningModule):
     def __init__(
         self,
         config: LanguageModelConfig | str = "tiny-s1-pro",
+        changes: dict[str, Any] | None = None,
         optimizer: Callable[[Iterable[Any]], Optimizer] = lambda parameters: AdamW(
             parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1
         ),
@@ -89,7 +92,9 @@ class LanguageModelModule(LightningModule):
         decay_embeddings: bool = True,
     ) -> None:
         super().__init__()
-        self.config = preset(config) if isinstance(config, str) else config
+        if changes and not isinstance(config, str):
+            raise ValueError(f"changes = {changes} are for presets; write them into the config itself")
+        self.config = preset(config, **(changes or {})) if isinstance(config, str) else config
         self.make_optimizer, self.schedule, self.seed = optimizer, schedule, seed
         self.objective = objective or NextTokenCrossEntropy()
         self.balance = balance or BalanceLoss()
@@ -113,11 +118,13 @@ class LanguageModelModule(LightningModule):
         return self.make_optimizer(weight_decay_groups(self.model, self.decay_embeddings))
 
     def configure_callbacks(self) -> list[Callback]:
-        """The clock, exact losses and the schedule, unless the Trainer has its own."""
+        """The clock, exact losses, the schedule and the bias of sigmoid routers, unless the Trainer has its own."""
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         wanted: list[Callback] = [TokenClock(), TokenExactLoss()]
         if self.schedule is not None:
             wanted.append(TokenLearningRate(self.schedule))
+        if self.config.moe is not None and self.config.moe.router == "sigmoid":
+            wanted.append(ExpertBiasUpdate())
         return [callback for callback in wanted if type(callback) not in present]
 
     def setup(self, stage: str) -> None:
@@ -160,8 +167,10 @@ class LanguageModelModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the means over the optimizer step."""
-        for name, value in self._means.reduce().items():
-            self.log(name, value, prog_bar=name == "train/loss")
+        means = self._means.reduce()
+        if logs_now(self.trainer):
+            for name, value in means.items():
+                self.log(name, value, prog_bar=name == "train/loss")
         self.balance.start_step()
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
@@ -173,13 +182,14 @@ class LanguageModelModule(LightningModule):
         """Logs the validation loss, over all sources and by source."""
         result = self.validation_loss.compute()
         self.validation_loss.reset()
-        self.log("val/loss", result["mean"].float(), prog_bar=True)
+        # the metric has summed over ranks already; sync_dist only says so to Lightning
+        self.log("val/loss", result["mean"].float(), prog_bar=True, sync_dist=True)
         if len(self.source_names) > 1:
             for name, mean, tokens in zip(
                 self.source_names, result["group_means"], result["group_tokens"], strict=True
             ):
                 if tokens > 0:
-                    self.log(f"val/loss/{name}", mean.float())
+                    self.log(f"val/loss/{name}", mean.float(), sync_dist=True)
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
@@ -205,11 +215,11 @@ class LanguageModelModule(LightningModule):
 
 
 def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A single-file checkpoint of `LanguageModelModule`, memory-mapped and unpickled without running code.
+    """A single-file checkpoint of Lightning, memory-mapped and unpickled without running code.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, is no checkpoint, or was not written by `LanguageModelModule`.
+        ValueError: If the file is truncated or is no checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -217,9 +227,10 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except Exception as error:
-        raise ValueError(f"checkpoint {path} cannot be read (truncated, or no checkpoint): {error}") from error
-    if not isinstance(checkpoint, dict) or CONFIG_KEY not in checkpoint:
-        raise ValueError(f"checkpoint {path} has no {CONFIG_KEY!r}: it was not written by LanguageModelModule")
+        reason = str(error).split(". ")[0]
+        raise ValueError(f"checkpoint {path} cannot be read (truncated, or no checkpoint): {reason}") from None
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of a run: it has no 'state_dict'")
     return checkpoint
 
 
@@ -228,9 +239,11 @@ def load_language_model(path: str | Path, device: torch.device | str = "cpu") ->
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: As `read_checkpoint`.
+        ValueError: As `read_checkpoint`, or if the checkpoint was not written by `LanguageModelModule`.
     """
     checkpoint = read_checkpoint(path, device)
+    if CONFIG_KEY not in checkpoint:
+        raise ValueError(f"checkpoint {path} has no {CONFIG_KEY!r}: it was not written by LanguageModelModule")
     with torch.device("meta"):
         model = LanguageModel(config_from_dict(checkpoint[CONFIG_KEY]))
     materialize(model, device=device)

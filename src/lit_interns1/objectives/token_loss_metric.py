@@ -1,4 +1,4 @@
-"""Mean loss per token over a dataset, in groups (sources, domains), as a torchmetrics metric: synchronised, resumable."""
+"""Mean loss per token over a dataset, in groups (sources, domains): a torchmetrics metric, synchronised, resumable."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ class GroupedTokenLoss(Metric):
             group_T: (T,) group numbers; negative = 0.
         """
         group_T = torch.zeros_like(mask_T, dtype=torch.long) if group_T is None else group_T.clamp(min=0)
-        self.loss_sum.index_add_(0, group_T[mask_T], loss_T[mask_T].double())
-        self.token_count += torch.bincount(group_T[mask_T], minlength=len(self.token_count)).double()
+        # a Trainer with precision bf16-true casts the states, too: sums of thousands of tokens need their float64 back
+        self.loss_sum = self.loss_sum.double().index_add(0, group_T[mask_T], loss_T[mask_T].double())
+        self.token_count = self.token_count.double() + torch.bincount(group_T[mask_T], minlength=len(self.token_count))
 
     def compute(self) -> dict[str, Tensor]:
         """`mean` over all tokens (scalar), `group_means` (G,) and `group_tokens` (G,); NaN where there is no token."""

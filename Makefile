@@ -1,0 +1,60 @@
+# The two commands of the README: `make train` and `make test`. Everything they need lives in this folder.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/tiny
+
+# Caches of the tools stay in this folder; waiting threads sleep instead of spinning; large blocks are reused by malloc.
+export XDG_CACHE_HOME := $(CURDIR)/.cache
+export XDG_CONFIG_HOME := $(CURDIR)/.cache/config
+export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
+export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+export HF_HOME := $(CURDIR)/.cache/huggingface
+export WANDB_CACHE_DIR := $(CURDIR)/.cache/wandb
+export WANDB_CONFIG_DIR := $(CURDIR)/.cache/wandb-config
+export WANDB_DATA_DIR := $(CURDIR)/.cache/wandb-data
+export OMP_WAIT_POLICY := PASSIVE
+export MALLOC_MMAP_THRESHOLD_ := 1073741824
+export MALLOC_TRIM_THRESHOLD_ := 4294967296
+export MALLOC_TOP_PAD_ := 67108864
+export TRITON_DEFAULT_FP_FUSION := 1
+
+.PHONY: help setup train test test-slow lint docs clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+# pip's own cache is the user's; its place does not follow XDG_CACHE_HOME.
+PIP := env -u XDG_CACHE_HOME -u XDG_CONFIG_HOME $(BIN)/python -m pip --disable-pip-version-check
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[parity,dev]'
+	touch $@
+
+setup: $(VENV)/ready ## create .venv and install the project with its test tools
+
+train: $(VENV)/ready ## train the tiny model (configs/pretrain/tiny.yaml), then write pictures, text and molecules
+	$(BIN)/lit-interns1 fit --config configs/pretrain/tiny.yaml --run_dir $(RUN)
+	$(BIN)/lit-interns1 summarize --run_dir $(RUN)
+
+test: $(VENV)/ready ## run the tests (without those marked slow)
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/ready ## run the tests marked slow
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/ready ## style, types, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(VENV)/ready ## build the documentation site into site/
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[parity,dev,docs]'
+	$(BIN)/mkdocs build --strict
+
+clean: ## remove caches and the virtual environment, never runs/
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache site
