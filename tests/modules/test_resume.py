@@ -75,4 +75,5 @@ def test_two_ranks_go_on_with_the_same_rows(reference, tmp_path):
     assert continued["starts"] == [0, 15]
     for step, loss in reference["losses"].items():
         ours = float.fromhex(continued["losses"][step])
-        assert ours == pytest.approx(float.fromhex(loss), rel=2e-4), step
+        # the split of a batch changes rounding only, which grows with every step
+        assert ours == pytest.approx(float.fromhex(loss), rel=2e-6 if step <= 18 else 1e-4), step
