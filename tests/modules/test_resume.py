@@ -76,4 +76,4 @@ def test_two_ranks_go_on_with_the_same_rows(reference, tmp_path):
     for step, loss in reference["losses"].items():
         ours = float.fromhex(continued["losses"][step])
         # the split of a batch changes rounding only, which grows with every step
-        assert ours == pytest.approx(float.fromhex(loss), rel=2e-6 if step <= 18 else 1e-4), step
+        assert ours == pytest.approx(float.fromhex(loss), rel=1e-6 if step <= 18 else 1e-3), step
