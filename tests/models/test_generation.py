@@ -89,3 +89,8 @@ def test_draws_follow_the_distribution():
 def test_wrong_options(model, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, **options)
+
+
+def test_samples_of_one_prompt_differ(model):
+    out = generate(model, [[1, 2]] * 4, max_new_tokens=15, seed=1)
+    assert len({tuple(tokens) for tokens in out.token_ids}) == 4
