@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/tiny
 
-# Caches of the tools stay in this folder; waiting threads sleep instead of spinning; large blocks are reused by malloc.
+# Caches of the tools stay in this folder; waiting threads spin briefly, then sleep; large blocks are reused by malloc.
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 export XDG_CONFIG_HOME := $(CURDIR)/.cache/config
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
@@ -14,11 +14,13 @@ export HF_HOME := $(CURDIR)/.cache/huggingface
 export WANDB_CACHE_DIR := $(CURDIR)/.cache/wandb
 export WANDB_CONFIG_DIR := $(CURDIR)/.cache/wandb-config
 export WANDB_DATA_DIR := $(CURDIR)/.cache/wandb-data
-export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 4000
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_TOP_PAD_ := 67108864
 export TRITON_DEFAULT_FP_FUSION := 1
+# pip asks rustc for its version, and rustup would leave settings in the home directory.
+export RUSTUP_HOME := $(CURDIR)/.cache/rustup
 
 .PHONY: help setup train test test-slow lint docs clean
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from lit_interns1.callbacks import ExpertBiasUpdate, TokenClock, TokenExactLoss, TokenLearningRate
-from lit_interns1.callbacks.token_clock import logs_now
 from lit_interns1.data.packed_batch import PackedBatch
 from lit_interns1.models import LanguageModel, LanguageModelConfig, MoEConfig, PositionConfig, preset
 from lit_interns1.models.language_model import LanguageModelOutput
@@ -167,10 +166,8 @@ class LanguageModelModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the means over the optimizer step."""
-        means = self._means.reduce()
-        if logs_now(self.trainer):
-            for name, value in means.items():
-                self.log(name, value, prog_bar=name == "train/loss")
+        for name, value in self._means.reduce().items():
+            self.log(name, value, prog_bar=name == "train/loss")
         self.balance.start_step()
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
