@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_interns1.data.smiles import SmilesError, _unmatched_vertex, check_smiles, is_valid_smiles, parse_smiles
+from lit_interns1.data.perfect_matching import unmatched_vertex
+from lit_interns1.data.smiles import SmilesError, check_smiles, is_valid_smiles, parse_smiles
 
 VERDICTS = [json.loads(line) for line in (Path(__file__).parent / "smiles_verdicts.jsonl").read_text().splitlines()]
 
@@ -192,7 +193,7 @@ def test_matching_equals_brute_force():
             len({vertex for edge in chosen for vertex in edge}) == count
             for chosen in itertools.combinations(edges, count // 2)
         )
-        assert (_unmatched_vertex(neighbours, range(count)) is None) == expected
+        assert (unmatched_vertex(neighbours, range(count)) is None) == expected
         perfect += expected
     assert 100 < perfect < 500
 
@@ -204,6 +205,6 @@ def test_matching_contracts_a_blossom():
     for first, second in edges:
         neighbours[first].append(second)
         neighbours[second].append(first)
-    assert _unmatched_vertex(neighbours, range(8)) is None
+    assert unmatched_vertex(neighbours, range(8)) is None
     neighbours[5].remove(7), neighbours[7].remove(5)
-    assert _unmatched_vertex(neighbours, range(8)) is not None
+    assert unmatched_vertex(neighbours, range(8)) is not None

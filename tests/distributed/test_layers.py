@@ -1,8 +1,8 @@
 """What layers do on several ranks: the same initial weights in every layout, the balance loss over all ranks."""
 
 import torch
-from distributed_harness import run_ranks
 
+from distributed_harness import run_ranks
 from lit_interns1.models import LanguageModel, preset
 from lit_interns1.nn.initialization import materialize
 from lit_interns1.nn.moe import BalanceLoss, RouterStats

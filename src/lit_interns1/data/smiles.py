@@ -28,6 +28,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lit_interns1.data.perfect_matching import unmatched_vertex
+
 _PERIODIC_TABLE = (
     "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr "
     "Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu "
@@ -338,7 +340,7 @@ def _check_chemistry(molecule: Molecule) -> None:
         if bond.aromatic and in_ring and needs_double[bond.first] and needs_double[bond.second]:
             neighbours[bond.first].append(bond.second)
             neighbours[bond.second].append(bond.first)
-    unmatched = _unmatched_vertex(neighbours, [index for index, needed in enumerate(needs_double) if needed])
+    unmatched = unmatched_vertex(neighbours, [index for index, needed in enumerate(needs_double) if needed])
     if unmatched is not None:
         raise SmilesError("the aromatic system has no Kekulé structure", atoms[unmatched].position)
 
@@ -434,75 +436,3 @@ def _ring_bonds(count: int, bonds: Sequence[Bond]) -> list[bool]:
                     low[parent] = min(low[parent], low[atom])
                     in_ring[entered_by] = low[atom] <= discovered[parent]
     return in_ring
-
-
-def _unmatched_vertex(neighbours: Sequence[Sequence[int]], vertices: Sequence[int]) -> int | None:
-    """A vertex that a maximum matching leaves alone, None if the matching is perfect (Edmonds' blossom algorithm)."""
-    mate = [-1] * len(neighbours)
-    for vertex in vertices:  # a greedy start settles most molecules
-        if mate[vertex] < 0:
-            for other in neighbours[vertex]:
-                if mate[other] < 0:
-                    mate[vertex], mate[other] = other, vertex
-                    break
-    for vertex in vertices:
-        if mate[vertex] < 0 and not _augment(neighbours, mate, vertex):
-            return vertex
-    return None
-
-
-def _augment(neighbours: Sequence[Sequence[int]], mate: list[int], root: int) -> bool:
-    """Grows an alternating tree from the free `root`, contracting odd cycles, and flips an augmenting path if any."""
-    count = len(neighbours)
-    parent, base, outer = [-1] * count, list(range(count)), [False] * count
-    outer[root] = True
-    queue = [root]
-
-    def common_base(first: int, second: int) -> int:
-        seen: set[int] = set()
-        vertex = base[first]
-        while True:
-            seen.add(vertex)
-            if mate[vertex] < 0:
-                break
-            vertex = base[parent[mate[vertex]]]
-        vertex = base[second]
-        while vertex not in seen:
-            vertex = base[parent[mate[vertex]]]
-        return vertex
-
-    def mark_path(vertex: int, to: int, child: int, blossom: set[int]) -> None:
-        while base[vertex] != to:
-            blossom.update((base[vertex], base[mate[vertex]]))
-            parent[vertex] = child
-            child = mate[vertex]
-            vertex = parent[child]
-
-    for vertex in queue:  # grows while it is read
-        for other in neighbours[vertex]:
-            if base[vertex] == base[other] or mate[vertex] == other:
-                continue
-            if other == root or (mate[other] >= 0 and parent[mate[other]] >= 0):
-                stem = common_base(vertex, other)
-                blossom: set[int] = set()
-                mark_path(vertex, stem, other, blossom)
-                mark_path(other, stem, vertex, blossom)
-                for member in range(count):
-                    if base[member] in blossom:
-                        base[member] = stem
-                        if not outer[member]:
-                            outer[member] = True
-                            queue.append(member)
-            elif parent[other] < 0:
-                parent[other] = vertex
-                if mate[other] < 0:
-                    free: int = other
-                    while free >= 0:
-                        previous = parent[free]
-                        following = mate[previous]
-                        mate[free], mate[previous] = previous, free
-                        free = following
-                    return True
-                outer[mate[other]] = True
-                queue.append(mate[other])
-    return False
