@@ -77,3 +77,31 @@ def test_global_balance_loss_uses_the_load_of_all_ranks_and_of_the_step_so_far()
     total = sum(w * results[r][0][i][0] for r in range(2) for i, w in enumerate(weights[r]))
     assert abs(results[0][1] - total / 39) < 1e-5
     assert results[0][1] == results[1][1]
+
+
+def bias_after_a_step(rank, world_size):
+    """One optimizer step of the bias callback with tokens of this rank only."""
+    from dataclasses import replace
+
+    from lit_interns1.callbacks import ExpertBiasUpdate
+    from lit_interns1.models import MoEConfig
+
+    config = replace(CONFIG, moe=MoEConfig(8, 2, 32, router="sigmoid"))
+    model = LanguageModel.create(config).train()
+    callback = ExpertBiasUpdate(rate=0.5)
+    callback.on_train_start(None, model)
+    counts = torch.zeros(2, 8)
+    for micro in range(2):
+        tokens = torch.arange(40 * (rank + 1)) * (7 + rank + micro) % 96
+        counts += torch.stack([stats.counts_E for stats in model(tokens).router_stats])
+    callback.on_before_optimizer_step(None, model, None)
+    model.eval()(torch.arange(5))  # evaluation does not count
+    callback.on_before_optimizer_step(None, model, None)
+    return counts, torch.stack([layer.router.expert_bias for layer in model.moe_layers])
+
+
+def test_expert_bias_moves_by_the_counts_of_all_ranks_and_micro_batches():
+    (first, bias), (second, same) = run_ranks(bias_after_a_step, 2)
+    counts = first + second
+    assert torch.equal(bias, 0.5 * torch.sign(counts.mean(-1, keepdim=True) - counts))
+    assert torch.equal(bias, same)

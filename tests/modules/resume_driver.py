@@ -117,6 +117,7 @@ def main() -> None:
     elif mode == "ranks":
         assert attempt(log, arguments(run, False), Recorder(file, kill_at=(16, 2))) == signal.SIGKILL, log.read_text()
         two = ["--data.micro_batch_size=2", "--trainer.devices=2", "--trainer.strategy=ddp_fork"]
+        two += ["--trainer.enable_progress_bar=true"]
         assert attempt(log, arguments(run, True, *two), Recorder(file)) == 0, log.read_text()
     weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     digest = hashlib.sha1()
