@@ -21,6 +21,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 # short class names in configs resolve to classes that are imported
 import lit_interns1.callbacks
@@ -188,7 +189,9 @@ class KitCLI(LightningCLI):
         for section in (config.checkpoint, config.best_checkpoint):
             section.dirpath = section.dirpath or str(self._run_dir / "checkpoints")
         path = config.get("ckpt_path")
-        if self.subcommand == "fit" and path is None and self._run_dir.exists() and any(self._run_dir.iterdir()):
+        in_use = self._run_dir.exists() and any(self._run_dir.iterdir())
+        # other ranks may start when rank 0 has begun to write
+        if self.subcommand == "fit" and path is None and in_use and rank_zero_only.rank == 0:
             fail(
                 f"run directory {self._run_dir} exists already: continue it with --ckpt_path last, "
                 "or name a new one with --run_dir"
