@@ -191,7 +191,7 @@ class KitCLI(LightningCLI):
         path = config.get("ckpt_path")
         in_use = self._run_dir.exists() and any(self._run_dir.iterdir())
         # other ranks may start when rank 0 has begun to write
-        if self.subcommand == "fit" and path is None and in_use and rank_zero_only.rank == 0:
+        if self.subcommand == "fit" and path is None and in_use and getattr(rank_zero_only, "rank", 0) == 0:
             fail(
                 f"run directory {self._run_dir} exists already: continue it with --ckpt_path last, "
                 "or name a new one with --run_dir"
