@@ -91,9 +91,9 @@ def test_what_cannot_be_counted_asks_for_a_counter():
 def test_clock_state_round_trip_forgets_the_step_in_progress():
     clock = TokenClockState()
     clock.add(TokenCounts(5, 4))
-    clock.commit(TokenCounts(10, 8), accumulation=3)
+    clock.commit(TokenCounts(10, 8))
     clock.add(TokenCounts(1, 1))
     restored = TokenClockState()
     restored.load_state_dict(clock.state_dict())
-    assert (restored.tokens, restored.loss_tokens, restored.steps, restored.accumulation) == (10, 8, 1, 3)
+    assert (restored.tokens, restored.loss_tokens, restored.steps) == (10, 8, 1)
     assert restored.pending == (0, 0)

@@ -81,7 +81,7 @@ class TokenClock(Callback):
             counts = torch.tensor(self.state.pending, dtype=torch.int64, device=trainer.strategy.root_device)
             if data_parallel_size(trainer) > 1:
                 all_reduce_sum(counts)
-            self.state.commit(TokenCounts(*counts.tolist()), trainer.accumulate_grad_batches)
+            self.state.commit(TokenCounts(*counts.tolist()))
         return self.state
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

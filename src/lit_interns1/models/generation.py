@@ -8,7 +8,7 @@ draws from its own random stream, seeded with (seed, index), so its text does no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +86,6 @@ def generate(
     stop_ids: Sequence[int] = (),
     seed: int = 0,
     record_routing: bool = False,
-    on_token: Callable[[int, int], None] | None = None,
 ) -> Generation:
     """Continues prompts.
 
@@ -100,7 +99,6 @@ def generate(
         stop_ids: Tokens that end a sequence.
         seed: Seed of the random streams.
         record_routing: Also give the expert ids.
-        on_token: Called with (sequence, token) as tokens appear.
 
     Raises:
         ValueError: If a prompt is empty or an option is out of range.
@@ -159,8 +157,6 @@ def generate(
                 result.token_ids[sequence].append(token)
                 log_probs[sequence].append(chosen_log_probs[row])
                 result.finished[sequence] = stopped[row]
-                if on_token is not None:
-                    on_token(sequence, token)
             going = [row for row, done in enumerate(stopped) if not done]
             if not going:
                 break

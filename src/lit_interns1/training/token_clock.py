@@ -71,26 +71,23 @@ class TokenClockState:
         tokens: Consumed tokens, padding excluded.
         loss_tokens: Consumed tokens that had a loss.
         steps: Optimizer steps.
-        accumulation: Micro-batches per optimizer step of the last step (what Lightning's counters are measured in).
         pending: Tokens of this rank that belong to the step in progress; not saved.
     """
 
     tokens: int = 0
     loss_tokens: int = 0
     steps: int = 0
-    accumulation: int = 1
     pending: TokenCounts = field(default=TokenCounts(0, 0))
 
     def add(self, counts: TokenCounts) -> None:
         """Adds one micro-batch of this rank to the step in progress."""
         self.pending = TokenCounts(self.pending.tokens + counts.tokens, self.pending.loss_tokens + counts.loss_tokens)
 
-    def commit(self, total: TokenCounts, accumulation: int) -> None:
+    def commit(self, total: TokenCounts) -> None:
         """Ends the step: `total` is the pending count summed over ranks."""
         self.tokens += total.tokens
         self.loss_tokens += total.loss_tokens
         self.steps += 1
-        self.accumulation = accumulation
         self.pending = TokenCounts(0, 0)
 
     def state_dict(self) -> dict[str, int]:
@@ -99,11 +96,10 @@ class TokenClockState:
             "tokens": self.tokens,
             "loss_tokens": self.loss_tokens,
             "steps": self.steps,
-            "accumulation": self.accumulation,
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Restores the counts and forgets the step in progress."""
         self.tokens, self.loss_tokens = int(state["tokens"]), int(state["loss_tokens"])
-        self.steps, self.accumulation = int(state["steps"]), int(state["accumulation"])
+        self.steps = int(state["steps"])
         self.pending = TokenCounts(0, 0)
