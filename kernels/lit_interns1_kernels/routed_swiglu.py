@@ -65,12 +65,15 @@ def routed_swiglu_grouped_mm(
 ) -> Tensor:
     """Two grouped matrix products. Arguments as in `routed_swiglu`."""
     rows_RD = x_SD.index_select(0, row_index_R)
-    hidden_RI = _swiglu(F.grouped_mm(rows_RD, gate_up_EID.transpose(1, 2), offs=offsets_E))
     if has_tail:
-        # grouped_mm leaves rows behind the last offset uninitialised: 0 · NaN would poison the sum
+        # grouped_mm leaves rows behind the last offset uninitialised, in its output and in the gradient of its input:
+        # what leaves the rows (here in backward, below in forward) is masked, or 0 · NaN would poison the sums
         routed_R1 = (torch.arange(row_index_R.numel(), device=x_SD.device) < offsets_E[-1])[:, None]
-        hidden_RI = torch.where(routed_R1, hidden_RI, 0.0)
-    y_RD = F.grouped_mm(hidden_RI * row_weight_R[:, None].to(x_SD.dtype), down_EDI.transpose(1, 2), offs=offsets_E)
+        rows_RD = torch.where(routed_R1, rows_RD, 0.0)
+        row_weight_R = torch.where(routed_R1[:, 0], row_weight_R, 0.0)
+    hidden_RI = _swiglu(F.grouped_mm(rows_RD, gate_up_EID.transpose(1, 2), offs=offsets_E))
+    hidden_RI = hidden_RI * row_weight_R[:, None].to(x_SD.dtype)
+    y_RD = F.grouped_mm(hidden_RI, down_EDI.transpose(1, 2), offs=offsets_E)
     if has_tail:
         y_RD = torch.where(routed_R1, y_RD, 0.0)
     return _combine(y_RD, row_index_R, x_SD.shape[0])
