@@ -72,8 +72,9 @@ def arguments(directory: Path, resume: bool, *extra: str) -> list[str]:
     return ["fit", f"--config={CONFIG}", f"--run_dir={directory}", *options, *resumed, *extra]
 
 
-def attempt(log: Path, args: list[str], recorder: Recorder, kill_after: float | None = None) -> int:
-    """Runs the command in a forked process; returns its status."""
+def attempt(log: Path, args: list[str], recorder: Recorder, kill_after: tuple[int, float] | None = None) -> int:
+    """Runs the command in a forked process, kills it some records and seconds later if asked; returns its status."""
+    before = recorder.file.read_text().count("\n") if recorder.file.exists() else 0
     child = os.fork()
     if child == 0:
         status = 1
@@ -89,7 +90,13 @@ def attempt(log: Path, args: list[str], recorder: Recorder, kill_after: float | 
         finally:
             os._exit(status)
     if kill_after is not None:
-        time.sleep(kill_after)
+        records, seconds = kill_after
+        while recorder.file.read_text().count("\n") < before + records:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return status
+            time.sleep(0.002)
+        time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
 
@@ -104,16 +111,11 @@ def main() -> None:
         # once between two micro-batches of a window, four times at random moments
         assert attempt(log, arguments(run, False), Recorder(file, kill_at=(10, 1))) == signal.SIGKILL, log.read_text()
         dice = random.Random(int(sys.argv[3]))
-        killed = 1
-        while killed < 5:
-            progress = file.read_text().count("loss")
-            status = attempt(log, arguments(run, True), Recorder(file, delay=0.01), dice.uniform(0.9, 2.2))
-            killed += status == signal.SIGKILL and file.read_text().count("loss") > progress
-            assert status in (0, signal.SIGKILL), log.read_text()
-            if status == 0:
-                break
+        for _ in range(4):
+            moment = (dice.randint(2, 20), dice.uniform(0.0, 0.05))
+            status = attempt(log, arguments(run, True), Recorder(file, delay=0.01), moment)
+            assert status == signal.SIGKILL, log.read_text()
         assert attempt(log, arguments(run, True), Recorder(file)) == 0, log.read_text()
-        print(f"killed {killed} times")
     elif mode == "ranks":
         assert attempt(log, arguments(run, False), Recorder(file, kill_at=(16, 2))) == signal.SIGKILL, log.read_text()
         two = ["--data.micro_batch_size=2", "--trainer.devices=2", "--trainer.strategy=ddp_fork"]

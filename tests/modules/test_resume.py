@@ -16,7 +16,7 @@ def drive(directory: Path, *mode: str) -> dict:
     )
     log = directory / "log.txt"
     assert done.returncode == 0, done.stdout + done.stderr + (log.read_text()[-4000:] if log.exists() else "")
-    return {"result": json.loads(done.stdout.splitlines()[-1]), "output": done.stdout, **record(directory)}
+    return {"result": json.loads(done.stdout.splitlines()[-1]), **record(directory)}
 
 
 def record(directory: Path) -> dict:
@@ -59,10 +59,9 @@ def test_killed_five_times_the_run_is_bit_equal(reference, tmp_path):
     assert killed["rows"] == reference["rows"]
     assert killed["losses"] == reference["losses"]
     assert killed["result"] == reference["result"]
-    assert "killed 5 times" in killed["output"]
     # the run went on from its last checkpoint, also after the kill inside the accumulation window of step 10
     assert killed["starts"][:2] == [0, 9]
-    assert len(killed["starts"]) >= 6
+    assert len(killed["starts"]) == 6
     assert all(start > 0 and start % 3 == 0 for start in killed["starts"][1:])
 
 
