@@ -18,7 +18,6 @@ import torch
 from lightning.pytorch import Callback
 
 from lit_interns1.commands import trainer as command
-from lit_interns1.nn.moe import balance  # noqa: F401  (everything is imported before the first fork)
 
 CONFIG = Path(__file__).parents[2] / "configs" / "pretrain" / "tiny.yaml"
 STEPS = 36
