@@ -2,21 +2,33 @@
 
     y_s = Σ_{r: row_index_r = s}  w_r · W_down[e(r)] ( silu(W_gate[e(r)] x_s) ⊙ W_up[e(r)] x_s )
 
-Rows are grouped by expert: expert e owns rows offsets[e−1] … offsets[e]. Two forms that must agree: `loop`, one expert
-after the other, the reference; `grouped_mm`, one grouped matrix product per projection.
+Rows are grouped by expert: expert e owns rows offsets[e−1] … offsets[e]. Three forms that must agree:
+
+- `fused`: one operation, `lit_interns1::routed_swiglu`, with the gate and up projections as all that is kept for
+  backward. On a CPU it goes block by block (`routed_swiglu_cpu`), on a GPU through Triton (`device.routed_swiglu`).
+- `grouped_mm`: one grouped matrix product of torch per projection, with plain operations between them.
+- `loop`: one expert after the other, the reference.
 
 Letters: S source rows, R routed rows, E experts, D hidden size, I intermediate size of an expert.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ExpertBackend = Literal["grouped_mm", "loop"]
+from lit_interns1_kernels import routed_swiglu_cpu
+from lit_interns1_kernels.backends import fused_experts_problem, report_experts
+from lit_interns1_kernels.cpu_workers import waiting_threads_sleep
+
+ExpertBackend = Literal["auto", "fused", "grouped_mm", "loop"]
+
+_SHORT_WORK = 2e10
+"""Floating point operations of forward below which cores that still spin for other threads' work cost more than they
+give (about 20 ms on two cores)."""
 
 
 def check_grouped_mm_sizes(hidden_size: int, intermediate_size: int, element_size: int = 2) -> str | None:
@@ -79,6 +91,75 @@ def routed_swiglu_grouped_mm(
     return _combine(y_RD, row_index_R, x_SD.shape[0])
 
 
+@torch.library.custom_op("lit_interns1::routed_swiglu", mutates_args=(), device_types="cpu")
+def _fused(
+    x_SD: Tensor, gate_up_EID: Tensor, down_EDI: Tensor, row_index_R: Tensor, offsets_E: Tensor,
+    row_weight_R: Tensor, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return routed_swiglu_cpu.forward(x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, keep)
+
+
+@_fused.register_fake
+def _(x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, keep):  # type: ignore[no-untyped-def]
+    rows = row_index_R.shape[0] if keep else 0
+    return torch.empty_like(x_SD), x_SD.new_empty((rows, gate_up_EID.shape[1]))
+
+
+@torch.library.custom_op("lit_interns1::routed_swiglu_backward", mutates_args=(), device_types="cpu")
+def _fused_backward(
+    grad_y_SD: Tensor, x_SD: Tensor, gate_up_EID: Tensor, down_EDI: Tensor, row_index_R: Tensor, offsets_E: Tensor,
+    row_weight_R: Tensor, gate_up_RI: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return routed_swiglu_cpu.backward(
+        grad_y_SD, x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, gate_up_RI
+    )
+
+
+@_fused_backward.register_fake
+def _(grad_y_SD, x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, gate_up_RI):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(x) for x in (x_SD, gate_up_EID, down_EDI, row_weight_R))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:6], output[1])
+
+
+def _differentiate(ctx: Any, grad_y_SD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y_SD is None:
+        return (None,) * 7
+    x, gate_up, down, weight = _fused_backward(grad_y_SD, *ctx.saved_tensors)
+    return x, gate_up, down, None, None, weight, None
+
+
+_fused.register_autograd(_differentiate, setup_context=_save)
+
+
+def choose_expert_backend(
+    backend: ExpertBackend, x_SD: Tensor, gate_up_EID: Tensor, num_rows: int
+) -> Literal["fused", "grouped_mm", "loop"]:
+    """What `auto` means for these arguments, and whether what was asked for is possible.
+
+    Raises:
+        ValueError: If `backend` is unknown, or cannot run here.
+    """
+    if backend not in get_args(ExpertBackend):
+        raise ValueError(f"expert backend {backend!r} is unknown: choose one of {', '.join(get_args(ExpertBackend))}")
+    if backend == "fused" and (problem := fused_experts_problem(x_SD.device, x_SD.dtype)):
+        raise ValueError(f"expert backend 'fused': {problem}")
+    if backend != "auto":
+        return backend
+    _, inner, hidden = gate_up_EID.shape
+    groupable = check_grouped_mm_sizes(hidden, inner // 2, x_SD.element_size()) is None
+    if fused_experts_problem(x_SD.device, x_SD.dtype):
+        return "grouped_mm" if groupable else "loop"
+    may_stall = x_SD.device.type == "cpu" and torch.get_num_threads() > 1 and not waiting_threads_sleep()
+    if may_stall and groupable and x_SD.dtype == torch.float32 and not torch.compiler.is_compiling():
+        short = 3.0 * num_rows * inner * hidden < _SHORT_WORK
+        return "grouped_mm" if short else "fused"
+    return "fused"
+
+
 def routed_swiglu(
     x_SD: Tensor,
     gate_up_EID: Tensor,
@@ -88,7 +169,7 @@ def routed_swiglu(
     row_weight_R: Tensor,
     *,
     has_tail: bool = False,
-    backend: ExpertBackend = "grouped_mm",
+    backend: ExpertBackend = "auto",
 ) -> Tensor:
     """Expert outputs, weighted and summed per source row. Differentiable in x, both weights and the row weights.
 
@@ -100,11 +181,20 @@ def routed_swiglu(
         offsets_E: (E,) int32, end of each expert's rows.
         row_weight_R: (R,) weight of each routed row.
         has_tail: Rows behind the last offset exist and must not count.
-        backend: `grouped_mm` or `loop`.
+        backend: `fused`, `grouped_mm`, `loop` (see the module), or `auto`: the fastest that runs here.
 
     Returns:
         (S, D).
+
+    Raises:
+        ValueError: If the back-end is unknown or cannot run here.
     """
-    if backend == "loop":
+    chosen = choose_expert_backend(backend, x_SD, gate_up_EID, row_index_R.shape[0])
+    report_experts(x_SD.device, chosen)
+    if chosen == "loop":
         return routed_swiglu_loop(x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R)
-    return routed_swiglu_grouped_mm(x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, has_tail)
+    if chosen == "grouped_mm":
+        return routed_swiglu_grouped_mm(x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, has_tail)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x_SD, gate_up_EID, down_EDI, row_weight_R))
+    y_SD: Tensor = _fused(x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, keep)[0]
+    return y_SD
