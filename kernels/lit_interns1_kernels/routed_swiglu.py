@@ -100,7 +100,7 @@ def _fused(
 
 
 @_fused.register_fake
-def _(x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, keep):  # type: ignore[no-untyped-def]
+def _(x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, keep):
     rows = row_index_R.shape[0] if keep else 0
     return torch.empty_like(x_SD), x_SD.new_empty((rows, gate_up_EID.shape[1]))
 
@@ -116,7 +116,7 @@ def _fused_backward(
 
 
 @_fused_backward.register_fake
-def _(grad_y_SD, x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, gate_up_RI):  # type: ignore[no-untyped-def]
+def _(grad_y_SD, x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, gate_up_RI):
     return tuple(torch.empty_like(x) for x in (x_SD, gate_up_EID, down_EDI, row_weight_R))
 
 

@@ -5,10 +5,11 @@ Commands without a Trainer start without Lightning. Everything below a run direc
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+from lit_interns1.commands.process import keep_freed_memory, quiet_waiting_threads
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("lit_interns1.commands.generate:generate_text", "continue a prompt with a checkpoint"),
@@ -47,10 +48,9 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments after the program's name; default: those of the process.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    # Threads that wait spin for a moment, then sleep: spinning on for long slows a busy machine down many times over,
-    # sleeping at once costs an idle one a third of its speed. Read by GNU OpenMP when torch is loaded.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    if args is None:  # the process is ours
+        quiet_waiting_threads()
+        keep_freed_memory()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return

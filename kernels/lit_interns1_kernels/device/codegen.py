@@ -53,6 +53,7 @@ class KernelBuild:
         options: `num_warps`, `num_stages`, ...
         targets: Names in `TARGETS` for which it ships.
         instructions: For each target, prefixes of instructions of which at least one must occur each.
+        extended: A further configuration of a kernel that another build shows: its test is marked slow.
     """
 
     name: str
@@ -63,6 +64,7 @@ class KernelBuild:
     options: Mapping[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
     instructions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    extended: bool = False
 
 
 @dataclass(frozen=True)

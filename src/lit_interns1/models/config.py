@@ -75,7 +75,7 @@ class MoEConfig:
         router_gradient: "topk" (through chosen weights) or "ste" (straight-through, dense; Intern-S1-Pro).
         ste_temperature: Temperature of the straight-through gradient.
         freeze_router: Do not train the router.
-        expert_backend: "grouped_mm", or "loop" for reference.
+        expert_backend: "auto" (the fastest that runs on the device), "fused", "grouped_mm", or "loop" for reference.
     """
 
     num_experts: int
@@ -89,7 +89,7 @@ class MoEConfig:
     router_gradient: Literal["topk", "ste"] = "topk"
     ste_temperature: float = 1.0
     freeze_router: bool = False
-    expert_backend: Literal["grouped_mm", "loop"] = "grouped_mm"
+    expert_backend: Literal["auto", "fused", "grouped_mm", "loop"] = "auto"
 
     def __post_init__(self) -> None:
         _positive(self, "num_experts", "experts_per_token", "intermediate_size", "num_groups")

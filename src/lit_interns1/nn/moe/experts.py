@@ -7,6 +7,8 @@ Stacks have the experts in front, so expert parallelism shards dimension 0.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,8 @@ class RoutedExperts(nn.Module):
         num_experts: E.
         hidden_size: D.
         intermediate_size: I of one expert.
-        backend: "grouped_mm" (fast) or "loop" (one expert after the other, the reference).
+        backend: "auto" (the fastest that runs on the device), "fused", "grouped_mm" or "loop" (one expert after the
+            other, the reference); see `lit_interns1_kernels.routed_swiglu`.
         initializer_std: Standard deviation of the initial weights.
 
     Raises:
@@ -31,13 +34,15 @@ class RoutedExperts(nn.Module):
 
     def __init__(
         self, num_experts: int, hidden_size: int, intermediate_size: int,
-        backend: ExpertBackend = "grouped_mm", initializer_std: float = 0.02,
+        backend: ExpertBackend = "auto", initializer_std: float = 0.02,
     ) -> None:  # fmt: skip
         super().__init__()
-        if backend not in ("grouped_mm", "loop"):
-            raise ValueError(f"expert backend {backend!r} is unknown: choose grouped_mm or loop")
+        if backend not in get_args(ExpertBackend):
+            raise ValueError(
+                f"expert backend {backend!r} is unknown: choose one of {', '.join(get_args(ExpertBackend))}"
+            )
         if backend == "grouped_mm" and (problem := check_grouped_mm_sizes(hidden_size, intermediate_size)):
-            raise ValueError(f"expert backend 'grouped_mm': {problem}; change the size or choose backend 'loop'")
+            raise ValueError(f"expert backend 'grouped_mm': {problem}; change the size or choose backend 'auto'")
         self.num_experts, self.backend, self.initializer_std = num_experts, backend, initializer_std
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
