@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 _log = logging.getLogger(__name__)
+_reported: set[tuple[torch.device, str]] = set()
 
 
 @cache
@@ -35,9 +36,12 @@ def fused_experts_problem(device: torch.device, dtype: torch.dtype) -> str | Non
     return None
 
 
-@cache
+@torch.compiler.assume_constant_result  # a compiler runs it when it traces
 def report_experts(device: torch.device, form: str) -> None:
     """Logs once per device and form what computes the experts: `experts: triton-sm90`, `experts: cpu`, ..."""
+    if (device, form) in _reported:
+        return
+    _reported.add((device, form))
     if form == "fused":
         form = "cpu" if device.type == "cpu" else f"triton-{triton_target(device)}"
     _log.info("experts: %s (%s)", form, device)

@@ -153,11 +153,10 @@ def choose_expert_backend(
     groupable = check_grouped_mm_sizes(hidden, inner // 2, x_SD.element_size()) is None
     if fused_experts_problem(x_SD.device, x_SD.dtype):
         return "grouped_mm" if groupable else "loop"
-    may_stall = x_SD.device.type == "cpu" and torch.get_num_threads() > 1 and not waiting_threads_sleep()
-    if may_stall and groupable and x_SD.dtype == torch.float32 and not torch.compiler.is_compiling():
-        short = 3.0 * num_rows * inner * hidden < _SHORT_WORK
-        return "grouped_mm" if short else "fused"
-    return "fused"
+    if torch.compiler.is_compiling() or x_SD.device.type != "cpu" or x_SD.dtype != torch.float32 or not groupable:
+        return "fused"
+    short = 3.0 * num_rows * inner * hidden < _SHORT_WORK
+    return "grouped_mm" if short and torch.get_num_threads() > 1 and not waiting_threads_sleep() else "fused"
 
 
 def routed_swiglu(
