@@ -1,20 +1,32 @@
 """What every benchmark needs: fair times and honest peak memory.
 
 Times: the candidates take turns, so that a slow phase of a shared machine hits all of them; the median is reported.
-Memory: the candidate runs in a fresh process; its peak resident memory above what was resident before the call.
+Memory: the candidate runs in a fresh process; its peak anonymous memory (without mapped files) above what was live
+before the call, with what the allocator had kept given back first. Linux only.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
-import resource
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
 MEBIBYTE = 1 << 20
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "default allocator": {},
+    "allocator keeps freed memory": {
+        "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+        "MALLOC_TOP_PAD_": str(64 << 20),
+    },
+}
+"""Environment of the two settings of glibc's allocator that figures are given for."""
 
 
 def interleaved_times(
@@ -48,36 +60,31 @@ def interleaved_medians(
     return {name: statistics.median(times) for name, times in interleaved_times(candidates, repeats, warmup).items()}
 
 
-def _status_bytes(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of a field of this process's memory status."""
     with open("/proc/self/status", encoding="ascii") as status:
-        for line in status:
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    raise KeyError(field)
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
 
 
-def _peak_bytes() -> int:
-    try:
-        return _status_bytes("VmHWM")
-    except (OSError, KeyError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def start_peak() -> int:
+    """Gives unused heap back, starts a new peak, and returns the anonymous memory that is live."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as clear:
+        clear.write("5")
+    return resident("RssAnon")
 
 
-def _reset_peak() -> int:
-    """Sets the high-water mark to what is resident now, where the system allows it; gives the mark that counts."""
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as clear:
-            clear.write("5")
-        return _status_bytes("VmRSS")
-    except OSError:
-        return _peak_bytes()  # only growth above the old peak can be seen: a lower bound
+def peak_anonymous() -> int:
+    """Peak anonymous memory since `start_peak`: the peak of all memory without the mapped files."""
+    return resident("VmHWM") - resident("RssFile") - resident("RssShmem")
 
 
 def _measure(build: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], connection: Connection) -> None:
     candidate = build(*arguments)
-    before = _reset_peak()
+    level = start_peak()
     candidate()
-    connection.send(_peak_bytes() - before)
+    connection.send(peak_anonymous() - level)
     connection.close()
 
 
@@ -109,3 +116,40 @@ def peak_extra_memory(build: Callable[..., Callable[[], Any]], *arguments: Any, 
         if process.is_alive():
             process.kill()
         receiver.close()
+
+
+@contextlib.contextmanager
+def environment(changes: dict[str, str]) -> Iterator[None]:
+    """Environment variables of processes started inside."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def started(target: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
+    """A fresh process with a pipe to it."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=target, args=(*arguments, there), daemon=True)
+    process.start()
+    there.close()
+    try:
+        yield here
+    finally:
+        here.close()
+        process.join(10.0)
+        if process.is_alive():
+            process.kill()
+
+
+def verdict(met: bool) -> str:
+    """How a goal line ends."""
+    return "met" if met else "MISSED"

@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import io
 import logging
-import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -33,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measure import MEBIBYTE
+from measure import ALLOCATORS, MEBIBYTE, environment, peak_anonymous, start_peak, started, verdict
 from torch import Tensor, nn
 
 from lit_interns1.models import LanguageModel, LanguageModelConfig, MoEConfig, PositionConfig
@@ -42,14 +39,6 @@ from lit_interns1.objectives import NextTokenCrossEntropy
 OURS = "ours"
 IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 GATHER_LIMIT = 2 << 30  # bytes of expert weights that "batched_mm" may copy per step: it gathers them for every token
-ALLOCATORS: dict[str, dict[str, str]] = {
-    "default allocator": {},
-    "allocator keeps freed memory": {
-        "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-        "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-        "MALLOC_TOP_PAD_": str(64 << 20),
-    },
-}
 LOSS_GOAL = 1e-5
 LIGHTNING_GOAL = 3.0  # ms
 
@@ -133,26 +122,6 @@ def build_transformers(job: Job, experts_implementation: str) -> tuple[nn.Module
     return model.train(), lambda ids: model(input_ids=ids, labels=ids).loss
 
 
-def resident(field: str) -> int:
-    """Bytes of a field of this process's memory status."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
-
-
-def start_peak() -> int:
-    """Gives unused heap back, starts a new peak, and returns the anonymous memory that is live."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as clear:
-        clear.write("5")
-    return resident("RssAnon")
-
-
-def peak_anonymous() -> int:
-    """Peak anonymous memory since `start_peak`: the peak of all memory without the mapped files."""
-    return resident("VmHWM") - resident("RssFile") - resident("RssShmem")
-
-
 def contender(name: str, job: Job, connection: Connection) -> None:
     """One process: sends what must be equal, then (wall, CPU) seconds per step for every request, then its memory."""
     model, loss_of = build_ours(job) if name == OURS else build_transformers(job, name)
@@ -182,38 +151,6 @@ def contender(name: str, job: Job, connection: Connection) -> None:
             done += 1
         connection.send(((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps))
     connection.send(peak_anonymous() - level)
-
-
-@contextlib.contextmanager
-def environment(changes: dict[str, str]) -> Iterator[None]:
-    """Environment variables of processes started inside."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def started(target: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
-    """A fresh process with a pipe to it."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=target, args=(*arguments, there), daemon=True)
-    process.start()
-    there.close()
-    try:
-        yield here
-    finally:
-        here.close()
-        process.join(10.0)
-        if process.is_alive():
-            process.kill()
 
 
 def compare_models(job: Job) -> None:
@@ -269,11 +206,6 @@ def compare_models(job: Job) -> None:
         print(f"goal: first losses equal within {LOSS_GOAL:.0e}: {verdict(worst <= LOSS_GOAL)}")
         print(f"goal: tokens/s at least that of {best}: {verdict(speed[OURS] >= speed[best])}")
         print(f"goal: peak at most that of {best}: {verdict(peak[OURS] <= peak[best])}")
-
-
-def verdict(met: bool) -> str:
-    """How a goal line ends."""
-    return "met" if met else "MISSED"
 
 
 # -- Lightning ---------------------------------------------------------------------------------------------------------

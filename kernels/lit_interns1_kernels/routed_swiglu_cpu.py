@@ -1,8 +1,9 @@
 """Routed SwiGLU experts on a CPU: block by block, so that everything between two matrix products stays in the cache.
 
-Rows are cut into one part per worker, at any row (a skewed router changes nothing), and a part into blocks that belong
-to one expert. A block gathers its rows into a workspace, and adds its outputs to its worker's sum; no array of routed
-rows exists but the gate and up projections, kept for backward. There, with g = dL/dy of a row's source, w its weight,
+Rows are cut into one part per worker, at any row (a skewed router changes nothing), and a part into blocks of some
+hundred rows: a piece of one expert, or several small experts, whose products are then the only work done one by one. A
+block gathers its rows into a workspace, and adds its outputs to its worker's sum; no array of routed rows exists but
+the gate and up projections, kept for backward. There, with g = dL/dy of a row's source, w its weight,
 a = gate, b = up:
 
     h' = W_downᵀ g      dL/dw = ⟨silu(a) ⊙ b, h'⟩      dL/db = w h' ⊙ silu(a)      dL/da = w h' ⊙ b ⊙ silu'(a)
@@ -35,47 +36,55 @@ from lit_interns1_kernels.cpu_workers import run_parts, worker_count
 _log = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 512
+_MERGED_ROWS = 128  # small experts share a block up to here
 _EXPERT_COST_ROWS = 8  # what starting an expert costs, in rows
-_SNAP_ROWS = 32  # a part that would cut so little off an expert ends at the expert's edge
+_SNAP_ROWS = 32  # a part that would cut so little off an expert ends at the nearer edge
 
-# A block in a part: expert, first row, end, and whether it is the expert's first (1) or last (2) in this part.
+# A piece: rows of one expert in a block; whether it is the expert's first (1) or last (2) in its part.
 _FIRST, _LAST = 1, 2
+# Lists of integers, because TorchScript takes them: a block is (start, stop, first piece, end of pieces), a piece is
+# (expert, start, stop, place).
 
 
 def _forward_part(
     x_SD: Tensor, gate_up_EID: list[Tensor], down_EDI: list[Tensor], index_R: Tensor, weight_R1: Tensor,
     gate_up_RI: Tensor, y_SD: Tensor, work_BD: Tensor, work_BJ: Tensor, work_BI: Tensor,
-    gate_up_ID: Tensor, down_DI: Tensor, sum_BD: Tensor, blocks: list[int], widen: bool, keep: bool,
+    gate_up_ID: Tensor, down_DI: Tensor, sum_BD: Tensor, blocks: list[int], pieces: list[int], widen: bool, keep: bool,
 ):  # fmt: skip
     size_I = work_BI.size(1)
     y_SD.zero_()
     for block in range(len(blocks) // 4):
-        expert, start, stop, place = (
-            blocks[4 * block],
-            blocks[4 * block + 1],
-            blocks[4 * block + 2],
-            blocks[4 * block + 3],
-        )
+        start, stop = blocks[4 * block], blocks[4 * block + 1]
+        its_pieces = range(4 * blocks[4 * block + 2], 4 * blocks[4 * block + 3], 4)
         rows = stop - start
         index_B = index_R[start:stop]
         x_BD, h_BI = work_BD[:rows], work_BI[:rows]
-        w_gate_up_ID, w_down_DI = gate_up_EID[expert], down_EDI[expert]
         if widen:
-            if place % 2 == 1:
-                gate_up_ID.copy_(w_gate_up_ID)
-                down_DI.copy_(w_down_DI)
-            w_gate_up_ID, w_down_DI = gate_up_ID, down_DI
             x_BD.copy_(x_SD.index_select(0, index_B))
         else:
             torch.index_select(x_SD, 0, index_B, out=x_BD)
         kept_BJ = gate_up_RI[start:stop] if keep else work_BJ[:rows]
         a_BJ = work_BJ[:rows] if widen else kept_BJ
-        torch.mm(x_BD, w_gate_up_ID.t(), out=a_BJ)
+        for piece in its_pieces:
+            expert, first, end = pieces[piece], pieces[piece + 1] - start, pieces[piece + 2] - start
+            w_gate_up_ID = gate_up_EID[expert]
+            if widen:
+                if pieces[piece + 3] % 2 == 1:
+                    gate_up_ID.copy_(w_gate_up_ID)
+                w_gate_up_ID = gate_up_ID
+            torch.mm(x_BD[first:end], w_gate_up_ID.t(), out=a_BJ[first:end])
         if widen and keep:
             kept_BJ.copy_(a_BJ)
         torch.ops.aten.silu(a_BJ[:, :size_I], out=h_BI)
         h_BI.mul_(a_BJ[:, size_I:]).mul_(weight_R1[start:stop])
-        torch.mm(h_BI, w_down_DI.t(), out=x_BD)
+        for piece in its_pieces:
+            expert, first, end = pieces[piece], pieces[piece + 1] - start, pieces[piece + 2] - start
+            w_down_DI = down_EDI[expert]
+            if widen:
+                if pieces[piece + 3] % 2 == 1:
+                    down_DI.copy_(w_down_DI)
+                w_down_DI = down_DI
+            torch.mm(h_BI[first:end], w_down_DI.t(), out=x_BD[first:end])
         if x_BD.dtype == y_SD.dtype:
             y_SD.index_add_(0, index_B, x_BD)
         else:
@@ -87,30 +96,19 @@ def _backward_part(
     weight_R1: Tensor, gate_up_RI: Tensor, grad_x_SD: Tensor, grad_gate_up_EID: list[Tensor],
     grad_down_EDI: list[Tensor], grad_weight_R: Tensor, work_BD: Tensor, work_BJ: Tensor, work_3BI: Tensor,
     gate_up_ID: Tensor, down_DI: Tensor, sum_ID: Tensor, sum_DI: Tensor, sum_BD: Tensor, kept_BJ: Tensor,
-    blocks: list[int], widen: bool,
+    blocks: list[int], pieces: list[int], widen: bool,
 ):  # fmt: skip
     size_I = work_3BI.size(2)
     grad_x_SD.zero_()
     for block in range(len(blocks) // 4):
-        expert, start, stop, place = (
-            blocks[4 * block],
-            blocks[4 * block + 1],
-            blocks[4 * block + 2],
-            blocks[4 * block + 3],
-        )
-        rows, first, last = stop - start, place % 2 == 1, place >= 2
+        start, stop = blocks[4 * block], blocks[4 * block + 1]
+        its_pieces = range(4 * blocks[4 * block + 2], 4 * blocks[4 * block + 3], 4)
+        rows = stop - start
         index_B, w_B1 = index_R[start:stop], weight_R1[start:stop]
         rows_BD, da_BJ = work_BD[:rows], work_BJ[:rows]
         dh_BI, h_BI, silu_BI = work_3BI[0, :rows], work_3BI[1, :rows], work_3BI[2, :rows]
-        w_gate_up_ID, w_down_DI = gate_up_EID[expert], down_EDI[expert]
-        dw_gate_up_ID, dw_down_DI = grad_gate_up_EID[expert], grad_down_EDI[expert]
         a_BJ = gate_up_RI[start:stop]
         if widen:
-            if first:
-                gate_up_ID.copy_(w_gate_up_ID)
-                down_DI.copy_(w_down_DI)
-            w_gate_up_ID, w_down_DI = gate_up_ID, down_DI
-            dw_gate_up_ID, dw_down_DI = sum_ID, sum_DI
             a_BJ = kept_BJ[:rows].copy_(a_BJ)
             rows_BD.copy_(grad_y_SD.index_select(0, index_B))
         else:
@@ -118,7 +116,14 @@ def _backward_part(
         gate_BI, up_BI = a_BJ[:, :size_I], a_BJ[:, size_I:]
         d_gate_BI, d_up_BI = da_BJ[:, :size_I], da_BJ[:, size_I:]
 
-        torch.mm(rows_BD, w_down_DI, out=dh_BI)
+        for piece in its_pieces:
+            expert, first, end = pieces[piece], pieces[piece + 1] - start, pieces[piece + 2] - start
+            w_down_DI = down_EDI[expert]
+            if widen:
+                if pieces[piece + 3] % 2 == 1:
+                    down_DI.copy_(w_down_DI)
+                w_down_DI = down_DI
+            torch.mm(rows_BD[first:end], w_down_DI, out=dh_BI[first:end])
         torch.ops.aten.silu(gate_BI, out=silu_BI)
         torch.mul(silu_BI, up_BI, out=h_BI)
         torch.mul(h_BI, dh_BI, out=d_gate_BI)  # a place to put it
@@ -129,22 +134,34 @@ def _backward_part(
         dh_BI.mul_(up_BI)
         torch.ops.aten.silu_backward(dh_BI, gate_BI, grad_input=d_gate_BI)
 
-        if first:
-            torch.mm(rows_BD.t(), h_BI, out=dw_down_DI)
-        else:
-            dw_down_DI.addmm_(rows_BD.t(), h_BI)
+        for piece in its_pieces:
+            expert, first, end = pieces[piece], pieces[piece + 1] - start, pieces[piece + 2] - start
+            dw_down_DI = sum_DI if widen else grad_down_EDI[expert]
+            if pieces[piece + 3] % 2 == 1:
+                torch.mm(rows_BD[first:end].t(), h_BI[first:end], out=dw_down_DI)
+            else:
+                dw_down_DI.addmm_(rows_BD[first:end].t(), h_BI[first:end])
+            if widen and pieces[piece + 3] >= 2:
+                grad_down_EDI[expert].copy_(sum_DI)
         if widen:
             rows_BD.copy_(x_SD.index_select(0, index_B))
         else:
             torch.index_select(x_SD, 0, index_B, out=rows_BD)
-        if first:
-            torch.mm(da_BJ.t(), rows_BD, out=dw_gate_up_ID)
-        else:
-            dw_gate_up_ID.addmm_(da_BJ.t(), rows_BD)
-        if widen and last:
-            grad_gate_up_EID[expert].copy_(sum_ID)
-            grad_down_EDI[expert].copy_(sum_DI)
-        torch.mm(da_BJ, w_gate_up_ID, out=rows_BD)
+        for piece in its_pieces:
+            expert, first, end = pieces[piece], pieces[piece + 1] - start, pieces[piece + 2] - start
+            w_gate_up_ID = gate_up_EID[expert]
+            dw_gate_up_ID = sum_ID if widen else grad_gate_up_EID[expert]
+            if widen:
+                if pieces[piece + 3] % 2 == 1:
+                    gate_up_ID.copy_(w_gate_up_ID)
+                w_gate_up_ID = gate_up_ID
+            if pieces[piece + 3] % 2 == 1:
+                torch.mm(da_BJ[first:end].t(), rows_BD[first:end], out=dw_gate_up_ID)
+            else:
+                dw_gate_up_ID.addmm_(da_BJ[first:end].t(), rows_BD[first:end])
+            if widen and pieces[piece + 3] >= 2:
+                grad_gate_up_EID[expert].copy_(sum_ID)
+            torch.mm(da_BJ[first:end], w_gate_up_ID, out=rows_BD[first:end])
         if rows_BD.dtype == grad_x_SD.dtype:
             grad_x_SD.index_add_(0, index_B, rows_BD)
         else:
@@ -175,33 +192,46 @@ def _has_units_for(dtype: torch.dtype) -> bool:
     return fast
 
 
+class _Part(NamedTuple):
+    """What one worker walks over."""
+
+    blocks: list[int]
+    pieces: list[int]
+
+    def add(self, expert: int, start: int, stop: int, place: int) -> None:
+        """Appends a piece, to the last block if it fits."""
+        number = len(self.pieces) // 4
+        self.pieces.extend((expert, start, stop, place))
+        if self.blocks and stop - self.blocks[-4] <= _MERGED_ROWS:
+            self.blocks[-3], self.blocks[-1] = stop, number + 1
+        else:
+            self.blocks.extend((start, stop, number, number + 1))
+
+
 class _Plan(NamedTuple):
-    parts: list[list[int]]
-    """Blocks of each part, four numbers each."""
+    parts: list[_Part]
     shared: list[tuple[int, int]]
     """(part, expert) whose gradient must be added to that of an earlier part."""
 
 
 def _plan(ends_E: list[int], parts: int, block_rows: int) -> _Plan:
-    """Parts of equal cost, as blocks of at most `block_rows` rows."""
+    """Parts of equal cost, in blocks of at most `block_rows` rows."""
     total = (ends_E[-1] if ends_E else 0) + _EXPERT_COST_ROWS * len(ends_E)
-    plan = _Plan([[] for _ in range(parts)], [])
+    plan = _Plan([_Part([], []) for _ in range(parts)], [])
     part, start = 0, 0
     for expert, end in enumerate(ends_E):
         while start < end:
             spent = start + _EXPERT_COST_ROWS * expert
             limit = math.ceil(total * (part + 1) / parts)
             stop = end if part == parts - 1 else min(end, start + max(limit - spent, 0))
-            if end - stop <= _SNAP_ROWS:
-                stop = end
-            elif stop - start <= _SNAP_ROWS:
-                stop = start
+            if min(end - stop, stop - start) <= _SNAP_ROWS:
+                stop = end if 2 * (stop - start) >= end - start else start
             if stop > start:
-                pieces = math.ceil((stop - start) / block_rows)
-                edges = [start + (stop - start) * piece // pieces for piece in range(pieces + 1)]
-                for piece in range(pieces):
-                    place = (_FIRST if piece == 0 else 0) + (_LAST if piece == pieces - 1 else 0)
-                    plan.parts[part] += [expert, edges[piece], edges[piece + 1], place]
+                count = math.ceil((stop - start) / block_rows)
+                edges = [start + (stop - start) * piece // count for piece in range(count + 1)]
+                for piece in range(count):
+                    place = (_FIRST if piece == 0 else 0) + (_LAST if piece == count - 1 else 0)
+                    plan.parts[part].add(expert, edges[piece], edges[piece + 1], place)
                 if start > (ends_E[expert - 1] if expert else 0):
                     plan.shared.append((part, expert))
             start = stop
@@ -229,7 +259,8 @@ class _Sizes:
         rows = ends_E[-1] if ends_E else 0
         self.plan = _plan(ends_E, max(min(worker_count(), math.ceil(rows / (2 * _SNAP_ROWS))), 1), limit)
         self.parts = len(self.plan.parts)
-        self.rows = max((b[i + 2] - b[i + 1] for b in self.plan.parts for i in range(0, len(b), 4)), default=0)
+        blocks = [part.blocks for part in self.plan.parts]
+        self.rows = max((b[i + 1] - b[i] for b in blocks for i in range(0, len(b), 4)), default=0)
 
     def work(self, *shape: int) -> Tensor:
         """A workspace for every part."""
@@ -272,7 +303,8 @@ def forward(
     def work(part: int) -> None:
         walk(
             x_SD, gate_ups, downs, row_index_R, weight_R1, gate_up_RI, sums[part], work_BD[part], work_BJ[part],
-            work_BI[part], wide_gate_up[part], wide_down[part], sum_BD[part], sizes.plan.parts[part], sizes.widen, keep,
+            work_BI[part], wide_gate_up[part], wide_down[part], sum_BD[part], *sizes.plan.parts[part],
+            sizes.widen, keep,
         )  # fmt: skip
 
     run_parts(work, sizes.parts)
@@ -317,7 +349,7 @@ def backward(
         walk(
             x_SD, grad_y_SD, gate_ups, downs, row_index_R, weight_R1, gate_up_RI, sums[part], *targets[part],
             grad_weight_R, work_BD[part], work_BJ[part], work_3BI[part], wide_gate_up[part], wide_down[part],
-            sum_gate_up[part], sum_down[part], sum_BD[part], kept_BJ[part], sizes.plan.parts[part], sizes.widen,
+            sum_gate_up[part], sum_down[part], sum_BD[part], kept_BJ[part], *sizes.plan.parts[part], sizes.widen,
         )  # fmt: skip
 
     run_parts(work, sizes.parts)
