@@ -259,3 +259,21 @@ def test_converting_for_want_of_units_is_told_once(caplog, monkeypatch):
         assert sum("no bfloat16 units" in r.getMessage() for r in caplog.records) == 1
     finally:
         routed_swiglu_cpu._has_units_for.cache_clear()
+
+
+@pytest.mark.parametrize("sizes", [[32] * 32, [5, 900, 3, 40, 0, 0, 77], [1] * 100, [0, 0, 2000, 0], [300, 20, 20, 20]])
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_parts_cover_every_row_once_and_have_equal_shares(sizes, parts):
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    plan = routed_swiglu_cpu._plan(ends, parts, 512)
+    rows, owners = [], []
+    for part in plan.parts:
+        pieces = [part.pieces[i : i + 4] for i in range(0, len(part.pieces), 4)]
+        owners.append({expert for expert, *_ in pieces})
+        rows.append([r for expert, start, stop, _ in pieces for r in range(start, stop) if start < ends[expert]])
+        assert [r for i in range(0, len(part.blocks), 4) for r in range(*part.blocks[i : i + 2])] == rows[-1]
+    assert [r for mine in rows for r in mine] == list(range(ends[-1]))
+    seen_before = [(n, e) for n, mine in enumerate(owners) for e in mine if any(e in earlier for earlier in owners[:n])]
+    assert sorted(plan.shared) == sorted(seen_before)
+    # equal up to what a part that ends at an expert's edge gives or takes, and the cost of starting an expert
+    assert max(map(len, rows)) <= ends[-1] / parts + 2 * 32 + 8 * len(sizes) / 2
