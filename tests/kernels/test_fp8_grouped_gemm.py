@@ -94,6 +94,17 @@ def test_equals_the_product_of_what_the_operands_stand_for(sizes, tail):
     assert (product[sum(sizes) :] == 0).all()
 
 
+def test_the_sum_over_a_block_is_rounded_once():
+    # 448² + 127 · 2^-9 is 200704.248…; its neighbours in float32 are 2^-6 apart, so that the small terms would vanish
+    # if they were added to the large one by one. The second block takes 448² away again
+    a, b = torch.full((9, 256), 2.0**-5), torch.full((1, 8, 256), 2.0**-4)
+    a[:, 0], a[:, 128], a[:, 129:] = 448.0, -448.0, 0.0
+    b[..., 0], b[..., 128] = 448.0, 448.0
+    scales = torch.ones(9, 2), torch.ones(1, 1, 2)
+    product = fp8_grouped_gemm(a.to(E4M3), scales[0], b.to(E4M3), scales[1], offsets_of([9]))
+    assert (product == 0.25).all()
+
+
 @pytest.mark.parametrize("tail", [0, 7])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_bit_equal_to_padded_groups(sizes, tail):
