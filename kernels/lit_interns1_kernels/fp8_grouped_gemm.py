@@ -40,7 +40,7 @@ FP8GemmBackend = Literal["auto", "clipped", "ragged", "padded", "reference"]
 
 
 def plan_stores(rows_left: int) -> list[tuple[int, int]]:
-    """How a pool of boxes with 128, 64, …, 1 rows covers the rows of a group (arXiv 2508.16584, §2: descriptor pool).
+    """How a pool of boxes with 128, 64, …, 1 rows covers the rows of a group (arXiv 2508.16584: descriptor pool).
 
     Whole boxes of 128 rows, then two boxes with the largest power of two that is not above the rest: one from its
     start, one up to its end. They overlap and write equal values there; if the rest is such a power, one is enough.
@@ -181,12 +181,14 @@ def _(a_MK, a_scale, b_GNK, b_scale, offsets_G, backend):
 
 
 @_gemm.register_kernel("cuda")
-def _(a_MK: Tensor, a_scale: Tensor, b_GNK: Tensor, b_scale: Tensor, offsets_G: Tensor, backend: str) -> Tensor:
+def _gemm_on_gpu(
+    a_MK: Tensor, a_scale: Tensor, b_GNK: Tensor, b_scale: Tensor, offsets_G: Tensor, backend: str
+) -> Tensor:
     if backend == "reference":
         return fp8_grouped_gemm_reference(a_MK, a_scale, b_GNK, b_scale, offsets_G)
+    check_e4m3_device(a_MK.device)
     from lit_interns1_kernels.device import fp8_grouped_gemm as device
 
-    check_e4m3_device(a_MK.device)
     b_GNK, b_scale, row_M = b_GNK.contiguous(), b_scale.contiguous(), None
     ends_G = offsets_G
     if backend == "padded":
@@ -271,13 +273,17 @@ def _linear_backward(
 
 def _weight_gradient(grad_MN: Tensor, x_MK: Tensor, offsets_G: Tensor) -> Tensor:
     if grad_MN.device.type != "cpu":
-        return F.grouped_mm(grad_MN.bfloat16().T, x_MK.bfloat16(), offs=offsets_G)
+        return _weight_gradient_on_gpu(grad_MN, x_MK, offsets_G)
     grad_GNK = torch.empty((offsets_G.shape[0], grad_MN.shape[1], x_MK.shape[1]))
     start = 0
     for grad_NK, end in zip(grad_GNK.unbind(0), offsets_G.tolist(), strict=True):
         torch.mm(grad_MN[start:end].float().T, x_MK[start:end].float(), out=grad_NK)
         start = end
     return grad_GNK
+
+
+def _weight_gradient_on_gpu(grad_MN: Tensor, x_MK: Tensor, offsets_G: Tensor) -> Tensor:
+    return F.grouped_mm(grad_MN.bfloat16().T, x_MK.bfloat16(), offs=offsets_G)
 
 
 _DEVICES = ("cpu", "cuda")

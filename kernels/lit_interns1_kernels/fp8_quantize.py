@@ -31,11 +31,12 @@ def e4m3_problem(device: torch.device) -> str | None:
     if device.type in ("cpu", "meta"):
         return None
     target = triton_target(device)
-    if target is not None and target != "hip" and int(target[2:]) >= 90:
+    if target is not None and target != "hip" and int(target[2:]) // 10 in (9, 10):
         return None
     return (
-        f"the FP8 kernels need a GPU of compute capability 9.0 or higher (Hopper, Blackwell); {target or device} has "
-        "no tensor-core products in e4m3fn fed by descriptor copies"
+        "the FP8 kernels need Triton and a GPU of compute capability 9.x or 10.x (Hopper, Blackwell): "
+        f"{target or device} has no tensor-core products in e4m3fn, or not the descriptor copies and shared memory to "
+        "feed them"
     )
 
 
@@ -112,10 +113,10 @@ def _(x_MK, power_of_two_scales):
 
 
 @_quantize_1x128.register_kernel("cuda")
-def _(x_MK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+def _quantize_1x128_on_gpu(x_MK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+    check_e4m3_device(x_MK.device)
     from lit_interns1_kernels.device import fp8_quantize as device
 
-    check_e4m3_device(x_MK.device)
     q_MK, scale = _outputs_1x128(x_MK)
     device.quantize_1x128(x_MK, power_of_two_scales, q_MK, scale)
     return q_MK, scale
@@ -142,10 +143,10 @@ def _(w_GNK, power_of_two_scales):
 
 
 @_quantize_128x128.register_kernel("cuda")
-def _(w_GNK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+def _quantize_128x128_on_gpu(w_GNK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+    check_e4m3_device(w_GNK.device)
     from lit_interns1_kernels.device import fp8_quantize as device
 
-    check_e4m3_device(w_GNK.device)
     q_GNK, scale = _outputs_128x128(w_GNK)
     device.quantize_128x128(w_GNK, power_of_two_scales, q_GNK, scale)
     return q_GNK, scale

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from lit_interns1_kernels import fp8_grouped_gemm as fp8_grouped_gemm_module
 from lit_interns1_kernels.fp8_grouped_gemm import (
     fp8_grouped_gemm,
     fp8_grouped_linear,
@@ -225,6 +226,19 @@ def test_rows_behind_the_groups_have_no_gradient_and_give_none():
     assert (product[43:] == 0).all()
     assert (x.grad[43:] == 0).all()
     torch.testing.assert_close(w.grad[1], grad[40:43].T @ x[40:43].detach())
+
+
+def test_the_weight_gradient_of_a_gpu_is_that_of_bfloat16():
+    sizes = [40, 0, 129, 1]
+    x, _, offsets = data(sizes, tail=9)
+    grad = torch.randn(x.shape[0], 384)
+    x[170:], grad[170:] = float("nan"), float("nan")
+    ours = fp8_grouped_gemm_module._weight_gradient_on_gpu(grad, x, offsets)
+    parts = zip(grad[:170].split(sizes), x[:170].split(sizes), strict=True)
+    theirs = torch.stack([g.bfloat16().float().T @ part.bfloat16().float() for g, part in parts])
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.float(), theirs, rtol=2.0**-7, atol=1e-2)
+    assert (ours[1] == 0).all()
 
 
 @pytest.mark.parametrize(("need_x", "need_weight"), [(True, False), (False, True)])

@@ -3,6 +3,7 @@ import random
 import pytest
 import torch
 
+from lit_interns1_kernels import fp8_grouped_gemm as public
 from lit_interns1_kernels.device import fp8_grouped_gemm, fp8_quantize
 
 E4M3 = torch.float8_e4m3fn
@@ -141,3 +142,30 @@ def test_other_tiles(index):
 
     tensors = operands([65, 0, 128], 200, 256, 70)
     assert_right(run(kernel, *tensors), tensors)
+
+
+@pytest.mark.parametrize("backend", ["auto", "clipped", "ragged", "padded", "reference"])
+def test_what_a_gpu_runs(backend):
+    tensors = operands([5, 0, 130], 200, 256, 3)
+    out = public._gemm_on_gpu(*tensors, backend)
+    assert_right(out, tensors)
+    assert (out[135:] == 0).all()
+    if backend != "reference":
+        assert torch.equal(out, public._gemm_on_gpu(*tensors, "clipped"))
+
+
+def test_what_a_gpu_runs_takes_any_strides():
+    a, a_scale, b, b_scale, offsets = operands([5, 0, 30], 128, 128)
+    out = public._gemm_on_gpu(a, a_scale, b, b_scale, offsets, "auto")
+    b_transposed = b.transpose(1, 2).contiguous().transpose(1, 2)
+    a_wide, a_scale_wide = torch.cat([a, a], 1)[:, :128], torch.cat([a_scale, a_scale], 1)[:, :1]
+    assert torch.equal(public._gemm_on_gpu(a_wide, a_scale_wide, b_transposed, b_scale, offsets, "auto"), out)
+
+
+def test_a_gpu_without_the_format_is_refused(monkeypatch):
+    def refuse(device):
+        raise ValueError("no format")
+
+    monkeypatch.setattr(public, "check_e4m3_device", refuse)
+    with pytest.raises(ValueError, match="no format"):
+        public._gemm_on_gpu(*operands([5], 128, 128), "auto")

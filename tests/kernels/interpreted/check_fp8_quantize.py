@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lit_interns1_kernels import fp8_quantize
 from lit_interns1_kernels.device.fp8_quantize import quantize_1x128, quantize_128x128
 
 E4M3 = torch.float8_e4m3fn
@@ -92,3 +93,15 @@ def test_squares_of_a_transposed_stack():
     quantize_128x128(w, False, q, scale)
     for group in range(2):
         assert_quantised(q[group], scale[group], w[group], 128, False)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_what_a_gpu_runs_equals_the_plain_form(power_of_two):
+    torch.manual_seed(4)
+    x, w = sample(33, 256, dtype=torch.bfloat16), sample(2, 130, 256, dtype=torch.bfloat16)
+    for ours, theirs in (
+        (fp8_quantize._quantize_1x128_on_gpu(x, power_of_two), fp8_quantize.quantize_1x128(x, power_of_two)),
+        (fp8_quantize._quantize_128x128_on_gpu(w, power_of_two), fp8_quantize.quantize_128x128(w, power_of_two)),
+    ):
+        assert torch.equal(ours[0].float(), theirs[0].float())
+        assert torch.equal(ours[1], theirs[1])
