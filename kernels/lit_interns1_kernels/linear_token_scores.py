@@ -9,7 +9,8 @@ If the caller says beforehand what the loss will be, Σ_t w_t (−logp_t + z · 
 are made in forward while the chunk is there (three products); backward checks the promise and only scales. The idea is
 that of Liger Kernel (arXiv 2410.10989, §3.2) and of `torch.nn.functional.linear_cross_entropy`. The latter is as fast,
 but not used: it gives neither logsumexp, entropy nor rank per token, makes gradients in forward only for a plain sum
-(no weights per token, no z-loss), and a second backward through it is an error.
+(no weights per token, no z-loss), and a second backward through it is an error. On a GPU with Triton, kernels
+(`device.linear_token_scores`) do what lies between the matrix products, and logits stay in the dtype of their operands.
 
 Letters: T tokens, C tokens of a chunk, D hidden size, V vocabulary size.
 """
@@ -19,12 +20,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from lit_interns1_kernels.backends import triton_target
 
 Scores = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """logp_T, logsumexp_T, entropy_T or None, rank_T or None."""
@@ -144,11 +148,23 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _Buffers:
-    """Memory for the logits of one chunk, used again for every chunk."""
+def _row_kernels(like: Tensor) -> ModuleType | None:
+    """The kernels that work on a chunk of logits, where they run."""
+    if like.dtype == torch.float64 or triton_target(like.device) is None:
+        return None
+    from lit_interns1_kernels.device import linear_token_scores as kernels
 
-    def __init__(self, hidden_TD: Tensor, weight_VD: Tensor, plan: _Plan, with_scratch: bool) -> None:
-        vocabulary, dtype = weight_VD.shape[0], _wide(hidden_TD.dtype)
+    return kernels
+
+
+class _Buffers:
+    """Memory for the logits of one chunk, used again for every chunk. Kernels need neither width nor scratch."""
+
+    def __init__(
+        self, hidden_TD: Tensor, weight_VD: Tensor, plan: _Plan, with_scratch: bool, for_kernels: bool = False
+    ) -> None:
+        vocabulary, dtype = weight_VD.shape[0], hidden_TD.dtype if for_kernels else _wide(hidden_TD.dtype)
+        with_scratch = with_scratch and not for_kernels
         element_bytes = dtype.itemsize * (2 if with_scratch else 1)
         if hidden_TD.dtype != dtype:
             element_bytes += hidden_TD.dtype.itemsize  # the chunk once more, in low precision
@@ -250,9 +266,26 @@ class _LinearTokenScores(torch.autograd.Function):
             weight_T = loss_weight_T.to(dtype)
             at_target_T = torch.where(valid_T, -weight_T, 0.0)
             active = weight_T.nonzero().squeeze(1)  # the others need scores, but no gradient
-        buffers = _Buffers(hidden_TD, weight_VD, plan, with_scratch=plan.entropy or plan.rank)
+        kernels = _row_kernels(hidden_TD)
+        with_scratch = plan.entropy or plan.rank
+        buffers = _Buffers(hidden_TD, weight_VD, plan, with_scratch, for_kernels=kernels is not None)
+
+        def score_by(kernels: ModuleType, rows: slice | Tensor, sums: _GradientSums | None) -> None:
+            hidden_CD, target_C = hidden_TD[rows], targets_T[rows]
+            y_CV = buffers.tempered_logits(hidden_CD, weight_VD, 1.0)  # the kernels divide by the temperature
+            scores = kernels.score_rows(y_CV, target_C, plan.temperature, plan.entropy, plan.rank)
+            for score_T, score_C in zip((logp_T, logsumexp_T, entropy_T, rank_T), scores, strict=True):
+                if score_T is not None:
+                    score_T[rows] = score_C
+            if sums is not None:
+                slope_C = 2.0 * plan.z_loss * weight_T[rows] * scores[1] - at_target_T[rows]
+                slope_C, at_target_C = slope_C / plan.temperature, at_target_T[rows] / plan.temperature
+                kernels.logit_gradient_(y_CV, target_C, scores[1], slope_C, at_target_C, plan.temperature)
+                sums.add(rows, hidden_CD, y_CV)
 
         def score(rows: slice | Tensor, sums: _GradientSums | None) -> None:
+            if kernels is not None:
+                return score_by(kernels, rows, sums)
             hidden_CD, target_C = hidden_TD[rows], index_T[rows]
             y_CV = buffers.tempered_logits(hidden_CD, weight_VD, plan.temperature)
             y_target_C1 = y_CV.gather(1, target_C[:, None])
@@ -339,10 +372,19 @@ class _LinearTokenScores(torch.autograd.Function):
             active = None
 
         with _no_autocast(hidden_TD):
-            buffers = _Buffers(hidden_TD, weight_VD, plan, with_scratch=curve_T is not None)
+            kernels = _row_kernels(hidden_TD)
+            buffers = _Buffers(hidden_TD, weight_VD, plan, curve_T is not None, for_kernels=kernels is not None)
             sums = _GradientSums(hidden_TD, weight_VD, *ctx.needs_input_grad[:2])
             for rows in buffers.chunks(active, targets_T.numel()):
                 hidden_CD, target_C = hidden_TD[rows], index_T[rows]
+                if kernels is not None:
+                    y_CV = buffers.tempered_logits(hidden_CD, weight_VD, 1.0)
+                    per_row = (None if x is None else x[rows] for x in (curve_T, entropy_T))
+                    kernels.logit_gradient_(
+                        y_CV, target_C, logsumexp_T[rows], slope_T[rows], at_target_T[rows], plan.temperature, *per_row
+                    )
+                    sums.add(rows, hidden_CD, y_CV)
+                    continue
                 y_CV = buffers.tempered_logits(hidden_CD, weight_VD, plan.temperature)
                 log_p_CV = y_CV.sub_(logsumexp_T[rows][:, None])
                 if curve_T is None:

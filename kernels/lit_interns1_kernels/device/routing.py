@@ -47,13 +47,13 @@ def _route_kernel(
     if HAS_REPLAY:
         ids = tl.load(replay_ptr + place_TK, mask=mask_TK, other=0).to(tl.int32)
         live = tl.min(ids, 1) < 0
-    # Ranks: a candidate has 0 … 1 (2 if NaN: ids stay distinct and in range), what is taken or no expert −1, other
-    # groups −2.
+    # A candidate has 0 … 1 (2 if NaN: ids stay distinct and in range); what is taken, of another group, or no expert
+    # has −1. There is always a candidate: K ≤ E, also inside a group.
     left = tl.where(exists, tl.where(p == p, p, 2.0), -1.0)
     for i in range(K):
         ranked = left
         if GROUPS > 1:
-            ranked = tl.where((expert // (E // GROUPS) == i // (K // GROUPS))[None, :], left, -2.0)
+            ranked = tl.where((expert // (E // GROUPS) == i // (K // GROUPS))[None, :], left, -1.0)
         best = tl.argmax(ranked, 1, tie_break_left=True)
         at_i = (choice == i)[None, :]
         if HAS_REPLAY:
