@@ -105,6 +105,13 @@ def _(x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, keep):
     return torch.empty_like(x_SD), x_SD.new_empty((rows, gate_up_EID.shape[1]))
 
 
+@_fused.register_kernel("cuda")
+def _(x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, keep):
+    from lit_interns1_kernels.device import routed_swiglu as device
+
+    return device.forward(x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, keep)
+
+
 @torch.library.custom_op("lit_interns1::routed_swiglu_backward", mutates_args=(), device_types="cpu")
 def _fused_backward(
     grad_y_SD: Tensor, x_SD: Tensor, gate_up_EID: Tensor, down_EDI: Tensor, row_index_R: Tensor, offsets_E: Tensor,
@@ -118,6 +125,13 @@ def _fused_backward(
 @_fused_backward.register_fake
 def _(grad_y_SD, x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, gate_up_RI):
     return tuple(torch.empty_like(x) for x in (x_SD, gate_up_EID, down_EDI, row_weight_R))
+
+
+@_fused_backward.register_kernel("cuda")
+def _(grad_y_SD, x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, gate_up_RI):
+    from lit_interns1_kernels.device import routed_swiglu as device
+
+    return device.backward(grad_y_SD, x_SD, gate_up_EID, down_EDI, row_index_R, offsets_E, row_weight_R, gate_up_RI)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
