@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_interns1.nn.initialization import Constant, Distribution
+from lit_interns1_kernels.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -31,10 +32,8 @@ class RMSNorm(nn.Module):
         return Constant(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., size) → (..., size), in the dtype of `x`."""
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normalised.to(x.dtype)
+        """(..., size) → (..., size), in the dtype to which those of `x` and the weight promote."""
+        return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         """Shown by print()."""

@@ -17,12 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_interns1.nn.initialization import Constant
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    """(x₁, x₂) → (−x₂, x₁) for the two halves of the last dimension."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
+from lit_interns1_kernels.rotary import rotary
 
 
 def apply_rotary(q_THd: Tensor, k_TGd: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,14 +32,7 @@ def apply_rotary(q_THd: Tensor, k_TGd: Tensor, cos: Tensor, sin: Tensor) -> tupl
     Returns:
         Rotated queries and keys, in their own dtype (the tables are cast before use).
     """
-    cos, sin = cos.to(q_THd.dtype), sin.to(q_THd.dtype)
-    k_rotated = k_TGd * cos + rotate_half(k_TGd) * sin
-    if cos.shape[1] == 1:
-        return q_THd * cos + rotate_half(q_THd) * sin, k_rotated
-    tokens, heads, width = q_THd.shape
-    q_TGgd = q_THd.view(tokens, k_TGd.shape[1], heads // k_TGd.shape[1], width)
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    return (q_TGgd * cos + rotate_half(q_TGgd) * sin).view(tokens, heads, width), k_rotated
+    return rotary(q_THd, cos, sin), rotary(k_TGd, cos, sin)
 
 
 def rotary_frequencies(head_dim: int, theta: float) -> Tensor:
