@@ -86,7 +86,7 @@ def group_by_expert(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
 
     Args:
         ids_TK: (T, K) integer expert ids. Triton kernels put choices whose id is not in [0, E) behind the last offset,
-            in stable order; elsewhere they are refused.
+            in stable order; elsewhere they are refused. What comes after leaves such rows out if it gets `offsets_E`.
         num_experts: E.
 
     Returns:
