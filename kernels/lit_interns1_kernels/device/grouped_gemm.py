@@ -59,10 +59,10 @@ def _weight_tile(
     return tile
 
 
-@triton.jit(do_not_specialize=["num_source_rows", "num_rows", "num_groups"])
+@triton.jit(do_not_specialize=["num_rows", "num_groups"])
 def _product_kernel(
     a, weight, c, gate_up, row_index, scatter_index, row_weight, offsets,
-    num_source_rows, num_rows, num_groups, N, K,
+    num_rows, num_groups, N, K,
     SWIGLU: tl.constexpr, TRANSPOSED: tl.constexpr, ZERO_TAIL: tl.constexpr,
     A_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST_DOT: tl.constexpr,
@@ -73,7 +73,8 @@ def _product_kernel(
     a_descriptor = None
     if A_DESCRIPTOR:
         # rows of the next group may come along: they meet the wrong weight, and are not stored
-        a_descriptor = tl.make_tensor_descriptor(a, [num_source_rows, K], [tl.cast(K, tl.int64), 1], [BLOCK_M, BLOCK_K])
+        end = tl.load(offsets + num_groups - 1)
+        a_descriptor = tl.make_tensor_descriptor(a, [end, K], [tl.cast(K, tl.int64), 1], [BLOCK_M, BLOCK_K])
     weight_descriptor = None
     if WEIGHT_DESCRIPTOR:
         # three dimensions: behind the end of one group's weight there is 0, not the next group
@@ -147,7 +148,7 @@ def _product_kernel(
                 sum *= tl.load(row_weight + row, mask=row < weighted_end, other=0.0).to(tl.float32)[:, None]
             if scatter_index is not None:
                 target = tl.load(scatter_index + row, mask=row_inside, other=0)
-                tl.atomic_add(c + target.to(tl.int64)[:, None] * N + column, sum, mask=inside)
+                tl.atomic_add(c + target.to(tl.int64)[:, None] * N + column, sum, mask=inside, sem="relaxed")
             else:
                 tl.store(c + row.to(tl.int64)[:, None] * N + column, sum.to(c.dtype.element_ty), mask=inside)
             tile += tl.num_programs(0)
@@ -245,8 +246,8 @@ _PRODUCT_CONFIGURATIONS: dict[str, list[triton.Config]] = {
         _product_configuration(64, 128, 64, 8, 3, True),
     ],
     "swiglu-float": [_product_configuration(64, 32, 32, 4, 3, True)],
-    "atomic-pointer": [_product_configuration(64, 64, 64, 4, 3), _product_configuration(128, 64, 64, 8, 3)],
-    "atomic-descriptor": [_product_configuration(64, 64, 64, 4, 3), _product_configuration(128, 64, 64, 8, 3)],
+    "atomic-pointer": [_product_configuration(64, 64, 64, 4, 3, True), _product_configuration(128, 64, 64, 8, 3)],
+    "atomic-descriptor": [_product_configuration(64, 64, 64, 4, 3, True), _product_configuration(128, 64, 64, 8, 3)],
     "atomic-float": [_product_configuration(64, 32, 32, 4, 3, True)],
 }
 _GRADIENT_CONFIGURATIONS: dict[str, list[triton.Config]] = {
@@ -316,7 +317,7 @@ def _launch_product(
     with torch.cuda.device_of(a_SK):
         _PRODUCTS[form][(persistent_programs(a_SK.device),)](
             a_SK, stored, c, gate_up_RJ, row_index_R, scatter_index_R, row_weight_R, offsets_E,
-            a_SK.shape[0], gathered.shape[0], num_groups, columns // 2 if swiglu else columns, depth,
+            gathered.shape[0], num_groups, columns // 2 if swiglu else columns, depth,
             SWIGLU=swiglu, TRANSPOSED=transposed, ZERO_TAIL=not swiglu and scatter_index_R is None,
             A_DESCRIPTOR=a_descriptor, WEIGHT_DESCRIPTOR=weight_descriptor,
             PRECISION=_precision(a_SK.dtype), UPCAST_DOT=INTERPRETED,
@@ -477,7 +478,7 @@ def _product_build(
         "SWIGLU": swiglu, "TRANSPOSED": transposed, "ZERO_TAIL": not swiglu and not atomic,
         "A_DESCRIPTOR": described and not gather, "WEIGHT_DESCRIPTOR": described, "PRECISION": precision,
     }  # fmt: skip
-    rows = ("num_source_rows", "num_rows", "num_groups")
+    rows = ("num_rows", "num_groups")
     traits = [form, precision if dtype == "fp32" else "", "gather" if gather else "", "KN" if transposed else "NK"]
     traits += ["" if keep or not swiglu else "inference"]
     return _build(
@@ -511,14 +512,20 @@ def _builds() -> tuple[KernelBuild, ...]:
         _product_build("swiglu-pointer", 0, every, gather=True, extended=False),
         _product_build("swiglu-descriptor", 0, _DESCRIBED, gather=True, extended=False),
         _gradient_build("pointer", 0, every, "right", extended=False),
-        KernelBuild(
-            name="sum_rows/bf16",
-            kernel=_sum_rows_kernel,
-            signature={
-                "rows": "*bf16", "order": "*i64", "ends": "*i32", "out": "*bf16", "num_out": "i32", "D": "i32",
-            },
-            constants=_SUM_ROWS,
-            undivided=("num_out",),
+        *(
+            KernelBuild(
+                name=f"sum_rows/{dtype}",
+                kernel=_sum_rows_kernel,
+                signature={
+                    "rows": f"*{dtype}", "order": "*i64", "ends": "*i32", "out": f"*{dtype}", "num_out": "i32",
+                    "D": "i32",
+                },
+                constants=_SUM_ROWS,
+                undivided=("num_out",),
+                options={"num_warps": 4, "num_stages": 3},
+                extended=dtype != "bf16",
+            )
+            for dtype in ("bf16", "fp32")
         ),
     ]  # fmt: skip
     # every configuration with every way to read its operands that a forward or backward pass uses

@@ -115,16 +115,19 @@ def backward(
     return grad_x_SD, grad_gate_up_EJD, grad_down_EDI, grad_weight_R
 
 
-BUILDS: tuple[KernelBuild, ...] = (
+BUILDS: tuple[KernelBuild, ...] = tuple(
     KernelBuild(
-        name="swiglu_backward/bf16/4x256",
+        name=f"swiglu_backward/{dtype}/4x256",
         kernel=_swiglu_backward_kernel,
         signature={
-            "gate_up": "*bf16", "grad_h": "*bf16", "row_weight": "*fp32", "offsets": "*i32", "grad_gate_up": "*bf16",
-            "weighted_h": "*bf16", "grad_weight": "*fp32", "num_rows": "i32", "num_groups": "i32", "width": "i32",
+            "gate_up": f"*{dtype}", "grad_h": f"*{dtype}", "row_weight": "*fp32", "offsets": "*i32",
+            "grad_gate_up": f"*{dtype}", "weighted_h": f"*{dtype}", "grad_weight": "*fp32",
+            "num_rows": "i32", "num_groups": "i32", "width": "i32",
         },
         constants=_SWIGLU_BACKWARD,
         undivided=("num_rows", "num_groups"),
         options={"num_warps": 4, "num_stages": 3},
-    ),
+        extended=dtype != "bf16",
+    )
+    for dtype in ("bf16", "fp32")
 )  # fmt: skip

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lit_interns1_kernels import grouped_gemm as public
 from lit_interns1_kernels.device.grouped_gemm import (
     grouped_product,
     grouped_product_summed,
@@ -22,8 +23,8 @@ NOWHERE = 1 << 40
 
 
 def fenced(x, fence=64):
-    """The same values with NaN before and behind them in memory."""
-    memory = torch.full((x.numel() + 2 * fence,), torch.nan, dtype=x.dtype)
+    """The same values with NaN, or a number that is no row, before and behind them in memory."""
+    memory = torch.full((x.numel() + 2 * fence,), torch.nan if x.is_floating_point() else 1 << 20, dtype=x.dtype)
     view = memory[fence : fence + x.numel()].view(x.shape)
     return view.copy_(x)
 
@@ -35,10 +36,10 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         self.groups, self.dtype, self.end = groups, dtype, sum(groups)
         self.rows = self.end + tail
-        self.offsets = torch.tensor(groups).cumsum(0).int()
+        self.offsets = fenced(torch.tensor(groups).cumsum(0).int())
         self.sources = sources or max(self.rows, 1)
         index = torch.randint(self.sources, (self.end,), generator=generator)
-        self.index = torch.cat([index, torch.full((tail,), NOWHERE)])
+        self.index = fenced(torch.cat([index, torch.full((tail,), NOWHERE)]))
 
         def random(*shape):
             return torch.randn(shape, generator=generator).to(dtype)
@@ -47,7 +48,7 @@ class Case:
         self.a = fenced(torch.cat([random(self.end, K), nothing.expand(-1, K)]))
         self.g = fenced(torch.cat([random(self.end, N), nothing.expand(-1, N)]))
         self.source_a, self.source_g = fenced(random(self.sources, K)), fenced(random(self.sources, N))
-        self.row_weight = torch.cat([torch.rand(self.end, generator=generator), torch.full((tail,), torch.nan)])
+        self.row_weight = fenced(torch.cat([torch.rand(self.end, generator=generator), torch.full((tail,), torch.nan)]))
         shape = (len(groups), K, N) if transposed else (len(groups), N, K)
         self.weight = fenced(random(*shape) / K**0.5)
         if transposed:
@@ -79,16 +80,21 @@ class Case:
         torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+LOADS = [
+    (torch.float32, False),
+    (torch.bfloat16, False),
+    (torch.bfloat16, True),
+    pytest.param(torch.float16, False, marks=pytest.mark.slow),
+    pytest.param(torch.float16, True, marks=pytest.mark.slow),
+]
+"""Dtypes, and whether operands come through descriptors; float32 always comes through pointers."""
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(("dtype", "descriptors"), LOADS, ids=str)
 @pytest.mark.parametrize("transposed", [False, True], ids=["NK", "KN"])
 @pytest.mark.parametrize("gather", [False, True], ids=["rows", "gathered"])
 def test_product(dtype, descriptors, transposed, gather):
-    if descriptors and dtype == torch.float32:
-        pytest.skip("float32 comes through pointers")
     case = Case(GROUPS["ragged"], 136, 72, dtype, tail=5, sources=40, transposed=transposed)
     a = case.source_a if gather else case.a
     c = grouped_product(a, case.weight, case.offsets, case.index if gather else None, None, descriptors)
@@ -120,12 +126,9 @@ def test_product_weights_its_rows():
     case.close(c, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(("dtype", "descriptors"), LOADS, ids=str)
 @pytest.mark.parametrize("options", ["gathered weighted kept", "gathered", "weighted", "kept"])
 def test_swiglu(dtype, descriptors, options):
-    if descriptors and dtype == torch.float32:
-        pytest.skip("float32 comes through pointers")
     case = Case(GROUPS["ragged"], 2 * 72, 72, dtype, tail=5, sources=40)
     gather, keep = "gathered" in options, "kept" in options
     a = case.source_a if gather else case.a
@@ -181,6 +184,23 @@ def test_weight_gradient(dtype, gather):
     assert torch.equal(out[1], torch.zeros_like(out[1]))  # an empty group
 
 
+@pytest.mark.parametrize("gather", [False, True])
+def test_operations_of_a_gpu_run_these_kernels(gather, monkeypatch):
+    case = Case(GROUPS["ragged"], 24, 16, torch.float32, tail=5, sources=40)
+    a, index = (case.source_a, case.index) if gather else (case.a, None)
+    operations = [
+        (public._product, (a, case.weight, case.offsets, index)),
+        (public._weight_gradient, (case.g, a, case.offsets, index)),
+        (public._sum_rows, (case.g, case.index, case.offsets, 40)),
+    ]
+    expected = [operation(*arguments) for operation, arguments in operations]
+    monkeypatch.setattr(public, "_has_kernels", lambda like: True)
+    monkeypatch.setattr(public, "_parts", None)  # the forms for a CPU fail
+    monkeypatch.setattr(public, "_sum_rows_reference", None)
+    for (operation, arguments), right in zip(operations, expected, strict=True):
+        case.close(operation._backend_fns["cuda"](*arguments), right.double())
+
+
 @pytest.mark.parametrize("groups", list(GROUPS))
 def test_weight_gradient_of_any_groups(groups):
     case = Case(GROUPS[groups], 13, 37, torch.float32)
@@ -199,9 +219,9 @@ def test_sum_rows(dtype):
 
 
 def test_sum_rows_adds_in_the_order_of_the_rows():
-    rows = torch.tensor([[1e8], [1.0], [-1e8], [0.5]])
-    order = sum_rows(rows, torch.tensor([0, 0, 0, 1]), torch.tensor([4]).int(), 2)
-    assert order.tolist() == [[0.0], [0.5]]  # 1e8 + 1 = 1e8 in float32
+    rows = torch.tensor([[1e8], [-1e8], [1.0], [1.0], [1e8], [-1e8]])
+    sums = sum_rows(rows, torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([6]).int(), 2)
+    assert sums.tolist() == [[1.0], [0.0]]  # 1e8 + 1 = 1e8 in float32
 
 
 def test_no_rows_at_all():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lit_interns1_kernels import routed_swiglu as public
 from lit_interns1_kernels.device import routed_swiglu
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -100,12 +101,22 @@ def test_projections_are_kept_on_demand_only():
 
 def test_strided_upstream_gradient_and_weights():
     x, gate_up, down, index, offsets, weight, _ = case([5, 2], 16, 24, torch.float32, 0)
-    _, kept = routed_swiglu.forward(x, gate_up, down, index, offsets, weight, True)
+    y, kept = routed_swiglu.forward(x, gate_up, down, index, offsets, weight, True)
     ones = torch.ones(len(x), 16)
-    strided = weight.repeat_interleave(2)[::2]
+    strided = torch.stack([weight, -weight], dim=1)[:, 0]
+    assert torch.equal(routed_swiglu.forward(x, gate_up, down, index, offsets, strided, False)[0], y)
     expected = routed_swiglu.backward(ones, x, gate_up, down, index, offsets, weight, kept)
     ours = routed_swiglu.backward(
         torch.ones(1, 1).expand(len(x), 16), x.T.contiguous().T, gate_up, down, index, offsets, strided, kept
     )
     for left, right in zip(ours, expected, strict=True):
         assert torch.equal(left, right)
+
+
+def test_operations_of_a_gpu_equal_those_of_a_cpu():
+    *operands, grad_y = case([5, 0, 20, 2], 16, 24, torch.float32, 0)
+    y, kept = public._fused(*operands, True)
+    gradients = public._fused_backward(grad_y, *operands, kept)
+    ours = public._fused._backend_fns["cuda"](*operands, True)
+    torch.testing.assert_close(ours, (y, kept))
+    torch.testing.assert_close(public._fused_backward._backend_fns["cuda"](grad_y, *operands, ours[1]), gradients)
