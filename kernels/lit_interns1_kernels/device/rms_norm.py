@@ -64,14 +64,18 @@ def _backward(
     tl.store(partial_ptr + tl.program_id(0) * width + columns, partial, mask=columns < width)
 
 
-def _shape(width: int) -> dict[str, int]:
-    """Tile and warps for rows of this width."""
+def _shape(width: int) -> dict[str, Any]:
+    """Tile and warps for rows of this width, and as many registers as the most warps may have.
+
+    Without the last the assembler spills some, so that one more block fits on a multiprocessor.
+    """
     block_width = triton.next_power_of_2(width)
     block_rows = max(_TILE // block_width, 1)
     return {
         "BLOCK_ROWS": block_rows,
         "BLOCK_WIDTH": block_width,
         "num_warps": min(block_rows * block_width // 256, 16),
+        **({"maxnreg": 128} if torch.version.hip is None else {}),
     }
 
 
@@ -108,8 +112,8 @@ def backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[T
 def _builds(name: str, x: str, weight: str, y: str, width: int, extended: bool) -> tuple[KernelBuild, KernelBuild]:
     shape = _shape(width)
     rest: dict[str, Any] = {
-        "constants": {key: shape[key] for key in ("BLOCK_ROWS", "BLOCK_WIDTH")},
-        "options": {"num_warps": shape["num_warps"]},
+        "constants": {key: value for key, value in shape.items() if key.startswith("BLOCK")},
+        "options": {key: value for key, value in shape.items() if not key.startswith("BLOCK")},
         "undivided": ("num_rows",),
         "extended": extended,
     }

@@ -1,6 +1,6 @@
 """Rotary positions: RoPE and the Fourier position embedding (FoPE) of Intern-S1-Pro.
 
-RoPE:  ω_j = θ^(−2j/d);  x' = x ⊙ cos(nω) + rotate_half(x) ⊙ sin(nω), half-split layout.
+RoPE:  ω_j = θ^(−2j/d);  x' = x ⊙ cos(nω) + (−x₂, x₁) ⊙ sin(nω), with x₁ and x₂ the halves of x.
 FoPE (arXiv 2412.17739; arXiv 2603.25040 §2.4): only frequencies that complete a period within the training length are
 kept, ω_j > 2π / max_position_embeddings, and each channel is a mixture of all kept tones,
 
