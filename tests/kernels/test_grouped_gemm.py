@@ -76,7 +76,9 @@ def test_gradcheck(gather):
 def test_only_the_gradients_that_are_wanted(frozen):
     a, weight, offsets, index = case(GROUPS["ragged"], gather=True)
     (a if frozen == "a" else weight).requires_grad_(False)
-    grouped_gemm(a, weight, offsets, row_index=index).sum().backward()
+    c = grouped_gemm(a, weight, offsets, row_index=index)
+    assert [saved is None for saved in c.grad_fn.saved_tensors[:2]] == [frozen == "weight", frozen == "a"]
+    c.sum().backward()
     assert (a.grad is None, weight.grad is None) == (frozen == "a", frozen == "weight")
 
 
