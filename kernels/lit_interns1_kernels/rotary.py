@@ -38,9 +38,19 @@ def _by_table(x_THd: Tensor, tables: int) -> Tensor:
 
 
 def _rotate(x_THd: Tensor, cos_TGd: Tensor, sin_TGd: Tensor, transposed: bool) -> Tensor:
-    cos, sin = (table.to(x_THd.dtype).unsqueeze(2) for table in (cos_TGd, sin_TGd))
-    y_THd = x_THd.new_empty(x_THd.shape)
-    x, y = _by_table(x_THd, cos_TGd.shape[1]), _by_table(y_THd, cos_TGd.shape[1])
+    cos, sin = cos_TGd.to(x_THd.dtype), sin_TGd.to(x_THd.dtype)
+    y_THd, tables = x_THd.new_empty(x_THd.shape), cos_TGd.shape[1]
+    if tables == 1:
+        _rotate_into(y_THd, x_THd, cos, sin, transposed)
+        return y_THd
+    # one head of every table at a time: faster than to repeat the tables along an inner dimension
+    heads = (_by_table(t, tables).unbind(2) for t in (y_THd, x_THd))
+    for y_TGd, x_TGd in zip(*heads, strict=True):
+        _rotate_into(y_TGd, x_TGd, cos, sin, transposed)
+    return y_THd
+
+
+def _rotate_into(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> None:
     torch.mul(x, cos, out=y)
     (x_1, x_2), (y_1, y_2), (sin_1, sin_2) = (t.chunk(2, dim=-1) for t in (x, y, sin))
     if transposed:
@@ -51,7 +61,6 @@ def _rotate(x_THd: Tensor, cos_TGd: Tensor, sin_TGd: Tensor, transposed: bool) -
     else:
         y_1.sub_(x_2 * sin_1)
         y_2.add_(x_1 * sin_2)
-    return y_THd
 
 
 def _table_gradients(grad_THd: Tensor, x_THd: Tensor, cos_TGd: Tensor) -> tuple[Tensor, Tensor]:
