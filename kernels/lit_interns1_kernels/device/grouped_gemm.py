@@ -297,6 +297,10 @@ def _as_stored(weight_ENK: Tensor) -> tuple[Tensor, bool]:
     return weight_ENK.contiguous(), False
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _launch_product(
     a_SK: Tensor, weight_ENK: Tensor, offsets_E: Tensor, c: Tensor, *, gate_up_RJ: Tensor | None = None,
     row_index_R: Tensor | None = None, scatter_index_R: Tensor | None = None, row_weight_R: Tensor | None = None,
@@ -316,7 +320,8 @@ def _launch_product(
     gathered = a_SK if row_index_R is None else row_index_R
     with torch.cuda.device_of(a_SK):
         _PRODUCTS[form][(persistent_programs(a_SK.device),)](
-            a_SK, stored, c, gate_up_RJ, row_index_R, scatter_index_R, row_weight_R, offsets_E,
+            a_SK, stored, c, gate_up_RJ, _contiguous(row_index_R), _contiguous(scatter_index_R),
+            _contiguous(row_weight_R), offsets_E.contiguous(),
             gathered.shape[0], num_groups, columns // 2 if swiglu else columns, depth,
             SWIGLU=swiglu, TRANSPOSED=transposed, ZERO_TAIL=not swiglu and scatter_index_R is None,
             A_DESCRIPTOR=a_descriptor, WEIGHT_DESCRIPTOR=weight_descriptor,
@@ -404,7 +409,8 @@ def weight_gradient(
     kernel = _GRADIENTS["float" if left.element_size() == 4 else "pointer"]
     with torch.cuda.device_of(left):
         kernel[(persistent_programs(left.device),)](
-            left, right, out_ENK, left_index_R, right_index_R, offsets_E, *out_ENK.shape,
+            left, right, out_ENK, _contiguous(left_index_R), _contiguous(right_index_R), offsets_E.contiguous(),
+            *out_ENK.shape,
             PRECISION=_precision(left.dtype), UPCAST_DOT=INTERPRETED,
         )  # fmt: skip
     return out_ENK

@@ -73,11 +73,11 @@ def swiglu_backward(
     """
     rows, width = grad_h_RI.shape
     grad_gate_up_RJ, weighted_RI = torch.empty_like(gate_up_RJ), torch.empty_like(grad_h_RI)
-    grad_weight_R = torch.empty_like(row_weight_R)
+    grad_weight_R = torch.empty_like(row_weight_R, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(gate_up_RJ):
         _swiglu_backward_kernel[(triton.cdiv(rows, _SWIGLU_BACKWARD["BLOCK_R"]),)](
-            gate_up_RJ, grad_h_RI, row_weight_R, offsets_E, grad_gate_up_RJ, weighted_RI, grad_weight_R,
-            rows, offsets_E.shape[0], width, **_SWIGLU_BACKWARD,
+            gate_up_RJ, grad_h_RI, row_weight_R.contiguous(), offsets_E.contiguous(), grad_gate_up_RJ, weighted_RI,
+            grad_weight_R, rows, offsets_E.shape[0], width, **_SWIGLU_BACKWARD,
         )  # fmt: skip
     return grad_gate_up_RJ, weighted_RI, grad_weight_R
 
@@ -90,7 +90,7 @@ def forward(
 
     `deterministic`: sum a source row's outputs in a fixed order, else by float32 atomics.
     """
-    hidden_RI, gate_up_RJ = grouped_swiglu(x_SD, gate_up_EJD, offsets_E, row_index_R, row_weight_R.contiguous(), keep)
+    hidden_RI, gate_up_RJ = grouped_swiglu(x_SD, gate_up_EJD, offsets_E, row_index_R, row_weight_R, keep)
     y_SD = grouped_product_summed(
         hidden_RI, down_EDI, offsets_E, row_index_R, x_SD.shape[0], deterministic=deterministic
     )
@@ -103,9 +103,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x_SD, gate_up_EJD, down_EDI and row_weight_R."""
     grad_h_RI = grouped_product(grad_y_SD, down_EDI.transpose(1, 2), offsets_E, row_index_R)
-    grad_gate_up_RJ, weighted_RI, grad_weight_R = swiglu_backward(
-        gate_up_RJ, grad_h_RI, row_weight_R.contiguous(), offsets_E
-    )
+    grad_gate_up_RJ, weighted_RI, grad_weight_R = swiglu_backward(gate_up_RJ, grad_h_RI, row_weight_R, offsets_E)
     grad_x_SD = grouped_product_summed(
         grad_gate_up_RJ, gate_up_EJD.transpose(1, 2), offsets_E, row_index_R, x_SD.shape[0],
         deterministic=deterministic,

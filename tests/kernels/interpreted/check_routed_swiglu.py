@@ -99,16 +99,19 @@ def test_projections_are_kept_on_demand_only():
     torch.testing.assert_close(kept, expected)
 
 
-def test_strided_upstream_gradient_and_weights():
+def strided(x):
+    return torch.stack([x, -x], dim=-1)[..., 0]
+
+
+def test_strided_operands():
     x, gate_up, down, index, offsets, weight, _ = case([5, 2], 16, 24, torch.float32, 0)
     y, kept = routed_swiglu.forward(x, gate_up, down, index, offsets, weight, True)
     ones = torch.ones(len(x), 16)
-    strided = torch.stack([weight, -weight], dim=1)[:, 0]
-    assert torch.equal(routed_swiglu.forward(x, gate_up, down, index, offsets, strided, False)[0], y)
+    operands = [strided(operand) for operand in (x, gate_up, down, index, offsets, weight)]
+    for deterministic in (True, False):
+        torch.testing.assert_close(routed_swiglu.forward(*operands, True, deterministic), (y, kept))
     expected = routed_swiglu.backward(ones, x, gate_up, down, index, offsets, weight, kept)
-    ours = routed_swiglu.backward(
-        torch.ones(1, 1).expand(len(x), 16), x.T.contiguous().T, gate_up, down, index, offsets, strided, kept
-    )
+    ours = routed_swiglu.backward(torch.ones(1, 1).expand(len(x), 16), *operands, kept)
     for left, right in zip(ours, expected, strict=True):
         assert torch.equal(left, right)
 
