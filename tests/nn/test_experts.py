@@ -29,7 +29,7 @@ def routing_case(name, tokens=37, experts=8, per_token=2, seed=0):
     return ids, torch.rand(len(ids), per_token, generator=generator)
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm", "fused"])
 @pytest.mark.parametrize("case", ["random", "one expert gets everything", "most experts empty", "no tokens"])
 def test_values_and_gradients_equal_the_dense_computation(backend, case):
     ids, weights = routing_case(case)
@@ -124,5 +124,5 @@ def test_layer_is_router_dispatch_experts_and_combine():
 
 def test_sizes_that_grouped_mm_cannot_take_are_refused_at_construction():
     with pytest.raises(ValueError, match="intermediate_size = 12 must be a multiple of 8"):
-        RoutedExperts(8, 16, 12)
-    RoutedExperts(8, 16, 12, backend="loop")
+        RoutedExperts(8, 16, 12, backend="grouped_mm")
+    RoutedExperts(8, 16, 12)

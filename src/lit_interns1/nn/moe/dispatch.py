@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
+
+from lit_interns1_kernels.permute import group_by_expert
 
 
 @dataclass
@@ -60,11 +61,7 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> RoutedRows:
         """See `TokenDispatcher`; x is not copied."""
-        with torch.no_grad():
-            flat_ids = ids_TK.flatten()
-            order_R = torch.argsort(flat_ids, stable=True)
-            offsets_E = torch.bincount(flat_ids, minlength=self.num_experts).cumsum(0).to(torch.int32)
-            row_index_R = torch.div(order_R, ids_TK.shape[1], rounding_mode="floor")
+        order_R, row_index_R, offsets_E = group_by_expert(ids_TK, self.num_experts)
         return RoutedRows(x_TD, row_index_R, offsets_E, weights_TK.flatten().index_select(0, order_R))
 
     def combine(self, y_SD: Tensor, context: Any) -> Tensor:

@@ -54,13 +54,15 @@ class RouterStats(NamedTuple):
         z_T = torch.logsumexp(logits_TE, dim=-1)
         if token_mask_T is not None:
             mask_T = token_mask_T.to(torch.float32)
-            ids_TK = ids_TK[token_mask_T]
             probability_sum, z_square_sum = mask_T @ probabilities_TE, (z_T.square() * mask_T).sum()
             num_tokens = mask_T.sum()
         else:
             probability_sum, z_square_sum = probabilities_TE.sum(0), z_T.square().sum()
-            num_tokens = torch.tensor(float(len(z_T)), device=z_T.device)
-        counts_E = torch.bincount(ids_TK.flatten(), minlength=num_experts).to(torch.float32)
+            mask_T = torch.ones_like(z_T)
+            num_tokens = torch.full((), float(len(z_T)), device=z_T.device)
+        # not bincount: its length would depend on data; sums of ones are exact below 2^24
+        counts_E = torch.zeros(num_experts, device=z_T.device)
+        counts_E.index_add_(0, ids_TK.flatten(), mask_T.detach().repeat_interleave(ids_TK.shape[1]))
         return RouterStats(counts_E, probability_sum, z_square_sum, num_tokens)
 
     @staticmethod
