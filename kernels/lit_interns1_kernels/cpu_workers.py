@@ -46,15 +46,16 @@ def run_parts(work: Callable[[int], Any], parts: int) -> None:
         with torch.no_grad():
             work(0)
         return
-    futures = [_pool(parts).submit(_without_gradients, work, part) for part in range(parts)]
+    inference = torch.is_inference_mode_enabled()
+    futures = [_pool(parts).submit(_without_gradients, work, part, inference) for part in range(parts)]
     errors: Sequence[BaseException | None] = [future.exception() for future in futures]
     for error in errors:
         if error is not None:
             raise error
 
 
-def _without_gradients(work: Callable[[int], Any], part: int) -> None:
-    with torch.no_grad():  # the mode belongs to the thread
+def _without_gradients(work: Callable[[int], Any], part: int, inference: bool) -> None:
+    with torch.inference_mode() if inference else torch.no_grad():  # the mode belongs to the thread
         work(part)
 
 

@@ -39,16 +39,19 @@ def test_activation_checkpointing_changes_nothing(changes):
 
 
 def inject_near_tie(model):
-    """From its second call on, every router sees its scores the other way round: a near-tie at its worst."""
+    """From its second call on, every router that may choose ranks experts the other way round: a near-tie at worst."""
     for layer in model.moe_layers:
-        choose = layer.router.choose
+        decide = layer.router.decide
         calls = []
 
-        def flipping(scores, choose=choose, calls=calls):
+        def flipping(logits, replay, decide=decide, calls=calls):
             calls.append(1)
-            return choose(scores if len(calls) == 1 else -scores)
+            if len(calls) > 1:
+                with torch.no_grad():
+                    replay = decide(-logits, replay)[1]
+            return decide(logits, replay)
 
-        layer.router.choose = flipping
+        layer.router.decide = flipping
 
 
 def test_recomputation_replays_the_record_where_it_would_choose_other_experts(monkeypatch):
@@ -79,7 +82,7 @@ def test_recorded_routing_replays_to_the_same_output():
         assert torch.equal(torch.bincount(ids[:, layer].flatten().long(), minlength=32).float(), stats.counts_E)
     inject_near_tie(model)
     for layer in model.moe_layers:
-        layer.router.choose(torch.zeros(1, 32))  # from now on a live choice would differ
+        layer.router.decide(torch.zeros(1, 32), None)  # from now on a live choice would differ
     _, replayed, output = run(model, routed_experts_TLK=ids)
     assert all(torch.equal(gradient, replayed[name]) for name, gradient in gradients.items())
     live = ids.clone()

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from lit_interns1.nn.initialization import Constant, Distribution, Normal
 from lit_interns1.nn.moe.routing_record import CHOOSE_LIVE
 from lit_interns1.nn.moe.statistics import RouterStats
+from lit_interns1_kernels.routing import route
 
 
 class Routing(NamedTuple):
@@ -41,7 +42,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """What all routers share: logits, replay, weights, straight-through gradient, statistics.
+    """What all routers share: logits, replay, statistics; and the plain way from scores to weights.
 
     Args:
         hidden_size: Width of a token.
@@ -84,7 +85,8 @@ class Router(nn.Module):
             raise ValueError(f"ste_temperature must be positive, got {ste_temperature}")
         self.num_experts, self.experts_per_token, self.num_groups = num_experts, experts_per_token, num_groups
         self.normalize_weights, self.scaling_factor = normalize_weights, scaling_factor
-        self.dtype, self.gradient, self.ste_temperature = dtype, gradient, ste_temperature
+        self.dtype, self.ste_temperature = dtype, ste_temperature
+        self.gradient: Literal["topk", "ste"] = gradient
         self.initializer_std = initializer_std
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
@@ -94,7 +96,7 @@ class Router(nn.Module):
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         """(T, E) scores that are chosen from and turned into weights."""
-        return logits_TE.softmax(-1)
+        raise NotImplementedError
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
         """(T, E) scores as probabilities, for balance losses and monitors."""
@@ -103,16 +105,6 @@ class Router(nn.Module):
     def selection_scores(self, scores_TE: Tensor) -> Tensor:
         """(T, E) what the experts are ranked by."""
         return scores_TE
-
-    def gradient_surrogate(self, logits_TE: Tensor, ids_TK: Tensor) -> Tensor | None:
-        """(T, K) what the weights' gradient is taken of instead of the weights; None = of the weights themselves.
-
-        Normalised softmax weights are the softmax over the chosen logits alone. Taking the gradient of that form makes
-        it exactly zero for experts that were not chosen, where p / Σp leaves a rounding residue.
-        """
-        if self.gradient == "ste":
-            return (logits_TE / self.ste_temperature).softmax(-1).gather(-1, ids_TK)
-        return logits_TE.gather(-1, ids_TK).softmax(-1) if self.normalize_weights else None
 
     def choose(self, selection_TE: Tensor) -> Tensor:
         """(T, E) → (T, K) ids; group after group if there are groups, best first inside a group."""
@@ -124,33 +116,37 @@ class Router(nn.Module):
         first = torch.arange(self.num_groups, device=inside.device)[:, None] * group_size
         return (inside + first).view(tokens, self.experts_per_token)
 
-    def _ids(self, scores_TE: Tensor, replay_TK: Tensor | None) -> Tensor:
-        with torch.no_grad():
-            if replay_TK is None:
-                return self.choose(self.selection_scores(scores_TE.detach()))
-            if replay_TK.shape != (scores_TE.shape[0], self.experts_per_token):
-                raise ValueError(
-                    f"replayed experts have shape {tuple(replay_TK.shape)}, the router needs "
-                    f"{(scores_TE.shape[0], self.experts_per_token)} (tokens, experts per token)"
-                )
-            replay_TK = replay_TK.to(torch.int64)
-            if replay_TK.numel() and int(replay_TK.max()) >= self.num_experts:
-                raise ValueError(f"replayed expert {int(replay_TK.max())} does not exist: there are {self.num_experts}")
-            live_T1 = (replay_TK <= CHOOSE_LIVE).any(-1, keepdim=True)
-            if not bool(live_T1.any()):
-                return replay_TK
-            return torch.where(live_T1, self.choose(self.selection_scores(scores_TE.detach())), replay_TK)
+    def decide(self, logits_TE: Tensor, replay_TK: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The decision itself.
 
-    def _weights(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        Args:
+            logits_TE: (T, E) float32.
+            replay_TK: (T, K) int64 ids to use instead of choosing, checked; a token with a negative one chooses live.
+
+        Returns:
+            Weights (T, K), ids (T, K), probabilities (T, E).
+        """
+        scores_TE = self.scores(logits_TE)
+        with torch.no_grad():
+            ids_TK = self.choose(self.selection_scores(scores_TE.detach()))
+            if replay_TK is not None:
+                ids_TK = torch.where((replay_TK <= CHOOSE_LIVE).any(-1, keepdim=True), ids_TK, replay_TK)
         weights_TK = scores_TE.gather(-1, ids_TK)
         if self.normalize_weights:
-            total = weights_TK.sum(-1, keepdim=True)
-            weights_TK = weights_TK / (total + 1e-20 if self.num_groups > 1 else total)
-        surrogate_TK = self.gradient_surrogate(logits_TE, ids_TK)
-        if surrogate_TK is not None:
-            # the bracket is exactly zero: the forward value is the sparse weight, bit by bit
-            weights_TK = weights_TK.detach() + (surrogate_TK - surrogate_TK.detach())
-        return weights_TK * self.scaling_factor if self.scaling_factor != 1.0 else weights_TK
+            total_T1 = weights_TK.sum(-1, keepdim=True)
+            weights_TK = weights_TK / (total_T1 + 1e-20 if self.num_groups > 1 else total_T1)
+        return weights_TK * self.scaling_factor, ids_TK, self.probabilities(scores_TE)
+
+    def _check_replay(self, replay_TK: Tensor, tokens: int) -> Tensor:
+        if replay_TK.shape != (tokens, self.experts_per_token):
+            raise ValueError(
+                f"replayed experts have shape {tuple(replay_TK.shape)}, the router needs "
+                f"{(tokens, self.experts_per_token)} (tokens, experts per token)"
+            )
+        replay_TK = replay_TK.to(torch.int64)
+        if replay_TK.numel() and int(replay_TK.max()) >= self.num_experts:
+            raise ValueError(f"replayed expert {int(replay_TK.max())} does not exist: there are {self.num_experts}")
+        return replay_TK
 
     def forward(self, x_TD: Tensor, replay_TK: Tensor | None = None, token_mask_T: Tensor | None = None) -> Routing:
         """Routes tokens.
@@ -168,12 +164,12 @@ class Router(nn.Module):
                 logits_TE = F.linear(x_TD.float(), self.weight.float())
             else:
                 logits_TE = F.linear(x_TD, self.weight.to(x_TD.dtype)).float()
-            scores_TE = self.scores(logits_TE)
-            ids_TK = self._ids(scores_TE, replay_TK)
-            weights_TK = self._weights(logits_TE, scores_TE, ids_TK)
+            if replay_TK is not None:
+                replay_TK = self._check_replay(replay_TK, len(logits_TE))
+            weights_TK, ids_TK, probabilities_TE = self.decide(logits_TE, replay_TK)
             if self.dtype == "native":
                 weights_TK = weights_TK.to(x_TD.dtype)
-            stats = RouterStats.measure(logits_TE, self.probabilities(scores_TE), ids_TK, token_mask_T)
+            stats = RouterStats.measure(logits_TE, probabilities_TE, ids_TK, token_mask_T)
         return Routing(ids_TK, weights_TK, stats, logits_TE)
 
     def extra_repr(self) -> str:
@@ -185,7 +181,14 @@ class Router(nn.Module):
 
 
 class TopKRouter(Router):
-    """Softmax over all experts, then the K best; in groups if `num_groups` > 1."""
+    """Softmax over all experts, then the K best; in groups if `num_groups` > 1. One operation, see `route`."""
+
+    def decide(self, logits_TE: Tensor, replay_TK: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Router.decide`."""
+        return route(
+            logits_TE, self.experts_per_token, self.num_groups, self.normalize_weights, self.scaling_factor,
+            self.gradient, self.ste_temperature, replay_TK,
+        )  # fmt: skip
 
 
 class SigmoidRouter(Router):
@@ -210,10 +213,6 @@ class SigmoidRouter(Router):
     def scores(self, logits_TE: Tensor) -> Tensor:
         """Sigmoid of the logits."""
         return logits_TE.sigmoid()
-
-    def gradient_surrogate(self, logits_TE: Tensor, ids_TK: Tensor) -> None:
-        """The weights' own gradient."""
-        return None
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
         """Scores divided by their sum over all experts."""
