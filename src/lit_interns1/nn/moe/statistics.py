@@ -58,10 +58,10 @@ class RouterStats(NamedTuple):
             num_tokens = mask_T.sum()
         else:
             probability_sum, z_square_sum = probabilities_TE.sum(0), z_T.square().sum()
-            mask_T = torch.ones_like(z_T)
-            num_tokens = torch.full((), float(len(z_T)), device=z_T.device)
+            mask_T = torch.ones_like(z_T, dtype=torch.float32)
+            num_tokens = torch.full((), float(len(z_T)), device=z_T.device, dtype=torch.float32)
         # not bincount: its length would depend on data; sums of ones are exact below 2^24
-        counts_E = torch.zeros(num_experts, device=z_T.device)
+        counts_E = torch.zeros(num_experts, device=z_T.device, dtype=torch.float32)
         counts_E.index_add_(0, ids_TK.flatten(), mask_T.detach().repeat_interleave(ids_TK.shape[1]))
         return RouterStats(counts_E, probability_sum, z_square_sum, num_tokens)
 
