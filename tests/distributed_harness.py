@@ -24,7 +24,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-_PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint"]
+_PRELOADED = [
+    "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint", "lightning.pytorch",
+]  # fmt: skip
 
 
 class RankError(RuntimeError):

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from lit_interns1.callbacks.token_clock import data_parallel_size
-from lit_interns1.training import LossWindow, SummedLoss, all_reduce_sum
+from lit_interns1.training import LossWindow, all_reduce_sum
 
 
 class TokenExactLoss(Callback):
@@ -43,18 +42,11 @@ class TokenExactLoss(Callback):
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
             assert self._unwrapped is not None
-            return self._take(self._unwrapped(*args, **kwargs), trainer.accumulate_grad_batches)
+            output = self._unwrapped(*args, **kwargs)
+            self._uses_sums, output = self._window.take(output, trainer.accumulate_grad_batches)
+            return output
 
         strategy.training_step = training_step
-
-    def _take(self, output: Any, accumulation: int) -> Any:
-        loss = output.get("loss") if isinstance(output, dict) else output
-        if not isinstance(loss, SummedLoss):
-            return output
-        self._uses_sums = True
-        self._window.add(loss)
-        summed: Tensor = loss.sum * accumulation
-        return {**output, "loss": summed} if isinstance(output, dict) else summed
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer

@@ -28,6 +28,7 @@ import lit_interns1.callbacks
 import lit_interns1.data.text_data_module
 import lit_interns1.modules
 import lit_interns1.optim
+import lit_interns1.strategies
 from lit_interns1.callbacks import ConsoleProgress, ExpertLoadRecorder, RunCheckpoint, ThroughputMonitor, TokenClock
 from lit_interns1.data.tokenizer import TextTokenizer
 from lit_interns1.modules.language_model_module import read_checkpoint
@@ -39,7 +40,13 @@ def known_option_names(parser: LightningArgumentParser) -> set[str]:
     from dataclasses import fields, is_dataclass
 
     names = {part for action in parser._actions for part in action.dest.split(".") if part.isidentifier()}
-    rooms = [lit_interns1.callbacks, lit_interns1.data, lit_interns1.modules, lit_interns1.optim]
+    rooms = [
+        lit_interns1.callbacks,
+        lit_interns1.data,
+        lit_interns1.modules,
+        lit_interns1.optim,
+        lit_interns1.strategies,
+    ]
     rooms += [import_room(name) for name in ("lit_interns1.models", "lit_interns1.objectives", "lit_interns1.nn.moe")]
     for room in rooms:
         for value in vars(room).values():

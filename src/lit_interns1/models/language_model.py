@@ -22,6 +22,7 @@ from lit_interns1.nn.feed_forward import SwiGLU
 from lit_interns1.nn.head import GradientHint, LanguageModelHead, TokenScores
 from lit_interns1.nn.moe import ROUTERS, MoEFeedForward, RoutedExperts, Router, RouterStats, RoutingRecord
 from lit_interns1.nn.norm import RMSNorm
+from lit_interns1.nn.parallel_plan import ParallelPlan
 from lit_interns1.nn.rotary import FourierRotaryEmbedding, RotaryEmbedding
 
 
@@ -170,6 +171,18 @@ class LanguageModel(nn.Module):
     def moe_layers(self) -> list[MoEFeedForward]:
         """The sparse feed-forward networks in order."""
         return [m for m in self.modules() if isinstance(m, MoEFeedForward)]
+
+    def parallel_plan(self) -> ParallelPlan:
+        """Embedding, blocks, and norm with head are units; a head that shares the embedding's weight goes with it."""
+        tied, head = self.config.tie_word_embeddings, self.lm_head
+        float32: list[nn.Module] = []
+        if self.config.moe is not None and self.config.moe.router_dtype == "float32":
+            float32 += [layer.router for layer in self.moe_layers]
+        if self.config.head_dtype == "float32" and not tied:
+            float32.append(head)
+        first = [self.embed_tokens, head] if tied else [self.embed_tokens]
+        last = [self.norm] if tied or head in float32 else [self.norm, head]
+        return ParallelPlan([first, *self.layers, last], self.moe_layers, float32)
 
     def forward(
         self,

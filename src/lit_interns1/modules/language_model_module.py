@@ -105,12 +105,16 @@ class LanguageModelModule(LightningModule):
     # -- building ----------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Builds the network on the meta device and fills in its initial weights."""
+        """Builds the network on the meta device, and fills it unless the strategy divides it first."""
         if not hasattr(self, "model"):
             with torch.device("meta"):
-                model = LanguageModel(self.config)
-            materialize(model, device="cpu", seed=self.seed, std=self.config.initializer_range)
-            self.model = model
+                self.model = LanguageModel(self.config)
+            if self._trainer is None or not getattr(self._trainer.strategy, "shards_modules", False):
+                self.materialize("cpu")
+
+    def materialize(self, device: torch.device | str) -> None:
+        """Fills in the initial weights; they depend on the seed and on names, not on how the model is divided."""
+        materialize(self.model, device=device, seed=self.seed, std=self.config.initializer_range)
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over parameter groups with and without decay."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,23 @@ class LossWindow:
     def add(self, loss: SummedLoss) -> None:
         """Takes the count of one micro-batch."""
         self._counts.append(loss.count.detach().to(torch.float64).reshape(()))
+
+    def take(self, output: Any, accumulation: int) -> tuple[bool, Any]:
+        """Takes the `SummedLoss` out of what a training step returned (itself, or the "loss" of a dict).
+
+        Args:
+            output: Of `training_step`.
+            accumulation: Micro-batches per step: the trainer divides the loss by them, which is undone.
+
+        Returns:
+            Whether there was one, and the output with a plain scalar in its place.
+        """
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if not isinstance(loss, SummedLoss):
+            return False, output
+        self.add(loss)
+        summed = loss.sum * accumulation
+        return True, {**output, "loss": summed} if isinstance(output, dict) else summed
 
     def local_count(self, device: torch.device) -> Tensor:
         """Σ count on this rank as a float64 scalar; empties the window."""

@@ -11,6 +11,7 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lit_interns1.nn.initialization import Distribution, Normal
 from lit_interns1.nn.moe.dispatch import RoutedRows
@@ -53,8 +54,8 @@ class RoutedExperts(nn.Module):
 
     def forward(self, rows: RoutedRows) -> Tensor:
         """Rows grouped by expert → (S, D), weighted and summed per source row."""
-        gate_up: Tensor = self.gate_up_proj
-        down: Tensor = self.down_proj
+        # with expert parallelism a parameter is this rank's part of a DTensor over the expert axis
+        gate_up, down = (p.to_local() if isinstance(p, DTensor) else p for p in (self.gate_up_proj, self.down_proj))
         if torch.is_autocast_enabled(rows.x_SD.device.type):
             dtype = torch.get_autocast_dtype(rows.x_SD.device.type)
             rows.x_SD, gate_up, down = rows.x_SD.to(dtype), gate_up.to(dtype), down.to(dtype)

@@ -1,0 +1,251 @@
+"""FSDP2 together with expert parallelism as one Lightning strategy.
+
+    trainer:
+      strategy:
+        class_path: MoEParallelStrategy
+        init_args: {expert_parallel_size: 2}
+
+Dense parameters are sharded over S ranks (and replicated R times), routed experts over P ranks by expert and over S/P
+ranks inside; every rank reads data of its own, and tokens travel to their experts. Gradients are plain sums over ranks,
+scaled once per optimizer step: by 1/Σcount for a `SummedLoss`, by 1/ranks for a module that returns a mean.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from lit_interns1.checkpoints import load_sharded
+from lit_interns1.checkpoints.whole import load_whole_optimizer, load_whole_weights
+from lit_interns1.nn.initialization import materialize
+from lit_interns1.nn.parallel_plan import HasParallelPlan, ParallelPlan, default_plan
+from lit_interns1.strategies import gradients
+from lit_interns1.strategies.parallel_dims import ParallelDims
+from lit_interns1.strategies.parallelize import Precision, fsdp_modules, parallelize
+from lit_interns1.training import LossWindow, all_reduce_sum
+
+_log = logging.getLogger(__name__)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class MoEParallelStrategy(ModelParallelStrategy):
+    """Shards any LightningModule over replication, FSDP2 and expert parallelism.
+
+    The module need not know: submodules that declare a `parallel_plan()` follow it, others get a unit per entry of
+    their `nn.ModuleList`s, and every layer with `experts` and a `dispatcher` is a sparse one. Parameters on the meta
+    device are filled by name and seed, so that the weights do not depend on the layout.
+
+    Args:
+        shard_size: S, ranks that share the parameters. "auto": ranks / `replicate_size`.
+        replicate_size: R, replicas of them.
+        expert_parallel_size: P, ranks that share a layer's experts; divides S and the number of experts.
+        compute_dtype: FSDP2 mixed precision: parameters are gathered and computed with in this type, and stay float32.
+            With it leave `Trainer(precision=...)` at "32-true".
+        reduce_dtype: Type in which gradients are summed over ranks.
+        reshard_after_forward: Give gathered parameters back after forward (less memory, more communication).
+        gradient_norm_type: p of the norm that `gradient_clip_val` limits; `inf` for the largest absolute value.
+        save_distributed_checkpoint: A folder that every rank writes its part of; False: one file.
+        process_group_backend: "nccl", "gloo", ...; None: by device.
+        timeout: Of collectives.
+
+    Raises:
+        ValueError: When processes start, if the sizes do not fit the number of ranks; and when the model is set up, if
+            its experts do not divide.
+    """
+
+    handles_summed_loss = True
+    shards_modules = True
+    """Modules may leave their parameters on the meta device."""
+
+    def __init__(
+        self,
+        shard_size: int | Literal["auto"] = "auto",
+        replicate_size: int = 1,
+        expert_parallel_size: int = 1,
+        compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        reduce_dtype: Literal["float32", "bfloat16"] | None = "float32",
+        reshard_after_forward: bool = True,
+        gradient_norm_type: float = 2.0,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend, timeout=timeout,
+        )  # fmt: skip
+        self._sizes = (shard_size, replicate_size, expert_parallel_size)
+        self.precision = Precision(
+            _DTYPES[compute_dtype] if compute_dtype else None, _DTYPES[reduce_dtype] if reduce_dtype else None
+        )
+        self.reshard_after_forward, self.gradient_norm_type = reshard_after_forward, gradient_norm_type
+        self._window = LossWindow()
+        self._uses_sums = False
+
+    # -- processes and mesh --------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        """Starts the process group and builds the mesh."""
+        self._setup_distributed()
+        self.dims = ParallelDims(self.world_size, *self._sizes)
+        self.meshes = self.dims.build_meshes(self.root_device.type)
+        self._device_mesh = self.meshes.root
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every rank reads data of its own."""
+        mesh = self.meshes.data_parallel
+        return {"num_replicas": mesh.size(), "rank": mesh.get_local_rank()}
+
+    # -- model ---------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer) -> None:
+        """Shards the model, fills it, and makes the optimizers."""
+        module = self.lightning_module
+        assert module is not None
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        if not any(isinstance(part, FSDPModule) for part in module.modules()):
+            self._shard(module)
+        self.model = self.precision_plugin.convert_module(module)
+        self.model_to_device()
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+        self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+        self.precision_plugin.clip_grad_by_value = self._clip_by_value  # type: ignore[method-assign]
+
+    def _shard(self, module: LightningModule) -> None:
+        if any(parameter.is_meta for parameter in module.parameters()):
+            fill: Callable[[torch.device], Any] = getattr(module, "materialize", None) or (
+                lambda device: materialize(module, device)
+            )
+        else:
+            fill = lambda device: None  # noqa: E731
+            for tensor in [*module.parameters(), *module.buffers()]:
+                torch.distributed.broadcast(tensor.detach(), src=0)
+        for model, plan in roots(module):
+            parallelize(model, plan, self.meshes, self.dims, self.precision, self.reshard_after_forward)
+        fill(self.root_device)
+
+    # -- losses and gradients ------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's step; a `SummedLoss` is taken apart."""
+        output = super().training_step(*args, **kwargs)
+        assert self.lightning_module is not None
+        self._uses_sums, output = self._window.take(output, self.lightning_module.trainer.accumulate_grad_batches)
+        return output
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Scales the summed gradients once, after backward and before anybody looks at them."""
+
+        def scaled() -> Any:
+            result = closure()
+            self._scale(optimizer)
+            return result
+
+        return super().optimizer_step(optimizer, scaled, model, **kwargs)
+
+    def _scale(self, optimizer: Optimizer) -> None:
+        if self._uses_sums:
+            count = all_reduce_sum(self._window.local_count(self.root_device))
+            factor = LossWindow.gradient_factor(count, averaged_over=1)
+        else:
+            factor = torch.tensor(1.0 / self.dims.world_size, device=self.root_device)
+        gradients.scale(_gradients(optimizer), factor)
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: float | int) -> None:
+        norm = gradients.clip_by_norm(_gradients(optimizer), float(clip_val), self.gradient_norm_type)
+        assert self.lightning_module is not None
+        self.lightning_module.log("optim/grad_norm", norm)
+
+    def _clip_by_value(self, optimizer: Optimizer, clip_val: float | int) -> None:
+        gradients.clip_by_value(_gradients(optimizer), float(clip_val))
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Gradients stay on their rank until the last micro-batch of a step."""
+        assert self.model is not None
+        modules = fsdp_modules(self.model)
+        for module in modules:
+            module.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.set_requires_gradient_sync(True, recurse=False)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a sharded checkpoint of any layout, or a single file, and executes nothing of it.
+
+        Raises:
+            UnsafeCheckpointError: If it holds more than data.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        assert self.model is not None
+        assert self.lightning_module is not None
+        if not path.is_dir():
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            load_whole_weights(self.model, checkpoint["state_dict"], self.lightning_module.strict_loading)
+            for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+                load_whole_optimizer(optimizer, state)
+            return checkpoint
+        weights = {"state_dict": get_model_state_dict(self.model)}
+        load_sharded(weights, path)
+        self.model.load_state_dict(weights["state_dict"], strict=self.lightning_module.strict_loading)
+        for number, optimizer in enumerate(self.optimizers):
+            # a scheduler, or a callback, may have added entries that the file does not have
+            state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
+            load_sharded(state, path, allow_missing=True)
+            options = StateDictOptions(cpu_offload=True)
+            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"], options=options)
+        metadata: dict[str, Any] = torch.load(path / "meta.pt", weights_only=True)
+        return metadata
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def roots(module: nn.Module) -> Iterable[tuple[nn.Module, ParallelPlan]]:
+    """What becomes an FSDP2 root, with its plan: the children of the LightningModule. A training step need not call the
+    module's own `forward`, but it calls theirs."""
+    for child in module.children():
+        if isinstance(child, HasParallelPlan):
+            yield child, child.parallel_plan()
+        elif any(True for _ in child.parameters()):
+            yield child, default_plan(child)
