@@ -1,6 +1,8 @@
 """The command line, in process: runs, errors of one line, run directories."""
 
+import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -225,3 +227,29 @@ def test_configs_can_be_printed_and_follow_overrides(capsys):
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["clock"]["max_tokens"] == 777
     assert printed["model"]["init_args"]["schedule"]["init_args"]["total_tokens"] == 777
+
+
+def losses(run_dir):
+    (path,) = run_dir.glob("metrics/**/*.csv")
+    with path.open() as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+
+
+@pytest.mark.slow
+def test_two_ranks_that_share_experts_learn_as_one_process_does(tmp_path):
+    """The command line starts both ranks itself; the run continues, and its shards are no file for `generate`."""
+    program = [str(Path(sys.executable).with_name("lit-interns1")), "fit", f"--config={CONFIG}"]
+    share = f"--config={ROOT / 'configs' / 'strategy' / 'ep2.yaml'}"
+    common = [*SMALL, "--trainer.log_every_n_steps=1", "--clock.max_tokens=900"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments):
+        subprocess.run([*program, *arguments], env=environment, check=True, timeout=120)
+
+    run(*common, f"--run_dir={tmp_path / 'one'}")
+    run(share, *common, f"--run_dir={tmp_path / 'two'}")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert (tmp_path / "two" / "checkpoints" / "last.ckpt").is_symlink()
+    run(share, *common, f"--run_dir={tmp_path / 'two'}", "--clock.max_tokens=1800", "--ckpt_path=last")
+    with pytest.raises(SystemExit):
+        main(["generate", f"--ckpt={tmp_path / 'two' / 'checkpoints' / 'last.ckpt'}", "--prompt=A"])

@@ -25,7 +25,7 @@ from lit_interns1.nn.moe import BalanceLoss
 from lit_interns1.objectives import NextTokenCrossEntropy
 from lit_interns1.objectives.token_loss_metric import GroupedTokenLoss
 from lit_interns1.optim import TokenSchedule, weight_decay_groups
-from lit_interns1.training import SummedLoss, WindowMeans
+from lit_interns1.training import SummedLoss, WindowMeans, token_weight
 
 CONFIG_KEY = "language_model_config"
 """Where a checkpoint holds the model's config, as plain values."""
@@ -163,7 +163,7 @@ class LanguageModelModule(LightningModule):
         values = {"train/loss": loss.mean}
         auxiliary, parts = self.balance(output.router_stats)
         if auxiliary is not None:
-            loss = loss.plus_mean(auxiliary)
+            loss = loss.plus_mean(auxiliary, token_weight(loss.count, output.router_stats[0].num_tokens))
             values |= {f"train/{name}": value for name, value in parts.items()}
         self._means.add(values, loss.count)
         return loss
@@ -223,6 +223,11 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         ValueError: If the file is truncated or is no checkpoint.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"checkpoint {path} is a folder of shards, which only training reads; for one file train with "
+            "trainer.strategy.init_args.save_distributed_checkpoint = false"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_interns1.training.window_means import all_reduce_sum
+
 
 @dataclass(frozen=True)
 class SummedLoss:
@@ -44,12 +46,28 @@ class SummedLoss:
         """The mean over this micro-batch alone; 0 where there is nothing to average."""
         return self.sum / self.count.clamp(min=torch.finfo(torch.float32).tiny)
 
-    def plus_mean(self, mean: Tensor) -> SummedLoss:
-        """Adds a term that is already a mean (a balance or z loss), weighted by this micro-batch's count.
+    def plus_mean(self, mean: Tensor, weight: Tensor | None = None) -> SummedLoss:
+        """Adds a term that is already a mean (a balance or z loss), with a weight; default: this micro-batch's count.
 
-        After the division by the total count the term enters as the count-weighted mean over micro-batches and ranks.
+        After the division by the total count the term enters as the weighted mean over micro-batches and ranks.
         """
-        return SummedLoss(self.sum + mean * self.count.to(mean.dtype), self.count)
+        weight = self.count if weight is None else weight
+        return SummedLoss(self.sum + mean * weight.to(mean.dtype), self.count)
+
+
+def token_weight(count: Tensor, num_tokens: Tensor) -> Tensor:
+    """The weight of a mean over this rank's tokens, such that ranks count by their tokens: C · n / N, with the count C
+    and the tokens N of all ranks' micro-batches together.
+
+    Args:
+        count: Of this rank's `SummedLoss`.
+        num_tokens: n, scalar.
+
+    One small all-reduce, if there are several ranks. Then the ranks of a micro-batch are together what one process with
+    all their rows is.
+    """
+    totals = all_reduce_sum(torch.stack([count.float(), num_tokens.float()]))
+    return totals[0] * num_tokens / totals[1].clamp(min=1.0)
 
 
 class LossWindow:
