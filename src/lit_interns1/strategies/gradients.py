@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lit_interns1.strategies.parallelize import local
+from lit_interns1.training import LossWindow
 
 
 def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
@@ -48,9 +49,4 @@ def clip_by_value(gradients: Iterable[Tensor], value: float) -> None:
 
 def scale(gradients: Iterable[Tensor], factor: Tensor) -> None:
     """Multiplies all gradients in place by a scalar."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for gradient in gradients:
-        part = local(gradient)
-        groups.setdefault((part.device, part.dtype), []).append(part)
-    for (device, dtype), members in groups.items():
-        torch._foreach_mul_(members, factor.to(device=device, dtype=dtype))
+    LossWindow.scale([local(gradient) for gradient in gradients], factor)
