@@ -137,21 +137,21 @@ class MoEParallelStrategy(ModelParallelStrategy):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
+        # Lightning's plugin calls torch's functions, which cannot add up norms of different meshes
         self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
         self.precision_plugin.clip_grad_by_value = self._clip_by_value  # type: ignore[method-assign]
 
     def _shard(self, module: LightningModule) -> None:
-        if any(parameter.is_meta for parameter in module.parameters()):
-            fill: Callable[[torch.device], Any] = getattr(module, "materialize", None) or (
-                lambda device: materialize(module, device)
-            )
-        else:
-            fill = lambda device: None  # noqa: E731
+        is_meta = any(parameter.is_meta for parameter in module.parameters())
+        if not is_meta:
             for tensor in [*module.parameters(), *module.buffers()]:
                 torch.distributed.broadcast(tensor.detach(), src=0)
         for model, plan in roots(module):
             parallelize(model, plan, self.meshes, self.dims, self.precision, self.reshard_after_forward)
-        fill(self.root_device)
+        if is_meta and hasattr(module, "materialize"):
+            module.materialize(self.root_device)  # type: ignore[operator]  # the module's own way to fill itself
+        elif is_meta:
+            materialize(module, self.root_device)
 
     # -- losses and gradients ------------------------------------------------------------------------------------------
 

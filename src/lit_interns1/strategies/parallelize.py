@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from lit_interns1.nn.moe.all_to_all import AllToAllDispatcher
-from lit_interns1.nn.parallel_plan import ParallelPlan
+from lit_interns1.nn.parallel_plan import ExpertLayer, ParallelPlan
 from lit_interns1.strategies.parallel_dims import Meshes, ParallelDims
 
 
@@ -42,14 +42,13 @@ class Precision:
         return MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=self.reduce, cast_forward_inputs=False)
 
 
-def shard_experts(layer: nn.Module, name: str, meshes: Meshes, dims: ParallelDims) -> None:
+def shard_experts(layer: ExpertLayer, name: str, meshes: Meshes, dims: ParallelDims) -> None:
     """Leaves each rank of the expert axis its part of the experts, and lets tokens travel.
 
     Raises:
         ValueError: If the experts do not divide, or a parameter has another first dimension than the others.
     """
     experts = layer.experts
-    assert isinstance(experts, nn.Module)
     counts = {parameter.shape[0] if parameter.ndim else 0 for parameter in experts.parameters()}
     if len(counts) != 1:
         raise ValueError(f"parameters of {name}.experts must all have the experts as first dimension, got {counts}")
@@ -64,7 +63,7 @@ def shard_experts(layer: nn.Module, name: str, meshes: Meshes, dims: ParallelDim
             local = parameter.detach()[rank * size : (rank + 1) * size].clone()
             shared = DTensor.from_local(local, axis, [Shard(0)], run_check=False)
             module.register_parameter(key, nn.Parameter(shared, requires_grad=parameter.requires_grad))
-    layer.dispatcher = AllToAllDispatcher(num_experts, axis.get_group())  # type: ignore[assignment]
+    layer.dispatcher = AllToAllDispatcher(num_experts, axis.get_group())
 
 
 def parallelize(
@@ -86,9 +85,9 @@ def parallelize(
     precision = precision or Precision()
     names = {module: name for name, module in model.named_modules()}
     for layer in plan.expert_layers:
+        assert isinstance(layer, ExpertLayer)
         shard_experts(layer, names[layer], meshes, dims)
         experts = layer.experts
-        assert isinstance(experts, nn.Module)
         first = next(experts.parameters())
         # ranks would hold nothing where there are more of them than experts: divide the second dimension instead
         by_rows = dims.shards > first.shape[0]

@@ -96,7 +96,7 @@ class Router(nn.Module):
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         """(T, E) scores that are chosen from and turned into weights."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define scores(), or decide() as a whole")
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
         """(T, E) scores as probabilities, for balance losses and monitors."""
