@@ -90,4 +90,5 @@ def load_sharded(state: dict[str, Any], path: str | Path, allow_missing: bool = 
         UnsafeCheckpointError: If the checkpoint holds more than data (from the rank that noticed; torch wraps it in a
             `CheckpointException` on the others).
     """
-    load(state, storage_reader=_SafeReader(path), planner=_SafePlanner(allow_partial_load=allow_missing))
+    alone = not torch.distributed.is_initialized()
+    load(state, storage_reader=_SafeReader(path), planner=_SafePlanner(allow_partial_load=allow_missing), no_dist=alone)

@@ -12,7 +12,6 @@ scaled once per optimizer step: by 1/Σcount for a `SummedLoss`, by 1/ranks for 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +23,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -35,16 +35,17 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from lit_interns1.checkpoints import load_sharded
+from lit_interns1.checkpoints import ShardedWriter, load_sharded, partial_path, publish, remove_published
+from lit_interns1.checkpoints.sharded_writer import METADATA_FILE
 from lit_interns1.checkpoints.whole import load_whole_optimizer, load_whole_weights
 from lit_interns1.nn.initialization import materialize
 from lit_interns1.nn.parallel_plan import HasParallelPlan, ParallelPlan, default_plan
 from lit_interns1.strategies import gradients
 from lit_interns1.strategies.parallel_dims import ParallelDims
 from lit_interns1.strategies.parallelize import Precision, fsdp_modules, parallelize
+from lit_interns1.strategies.summary import layout_summary
 from lit_interns1.training import LossWindow, all_reduce_sum
 
-_log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,7 +66,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
         reshard_after_forward: Give gathered parameters back after forward (less memory, more communication).
         gradient_norm_type: p of the norm that `gradient_clip_val` limits; `inf` for the largest absolute value.
         save_distributed_checkpoint: A folder that every rank writes its part of; False: one file.
-        process_group_backend: "nccl", "gloo", ...; None: by device.
+        async_save: Write such folders in the background: training goes on when the tensors have been copied to memory
+            of the host. The next save, and the end of the run, wait for it.
+        process_group_backend: "nccl", "gloo", ...; None: gloo, on GPUs "cpu:gloo,cuda:nccl".
         timeout: Of collectives.
 
     Raises:
@@ -77,6 +80,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
     shards_modules = True
     """Modules may leave their parameters on the meta device."""
 
+    publishes_checkpoints = True
+    """A checkpoint replaces an older one of its name in one step."""
+
     def __init__(
         self,
         shard_size: int | Literal["auto"] = "auto",
@@ -87,6 +93,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         reshard_after_forward: bool = True,
         gradient_norm_type: float = 2.0,
         save_distributed_checkpoint: bool = True,
+        async_save: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
     ) -> None:
@@ -94,7 +101,10 @@ class MoEParallelStrategy(ModelParallelStrategy):
             data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend, timeout=timeout,
         )  # fmt: skip
+        if async_save and not save_distributed_checkpoint:
+            raise ValueError("async_save = True needs save_distributed_checkpoint = True: one file is written at once")
         self._sizes = (shard_size, replicate_size, expert_parallel_size)
+        self._writer = ShardedWriter(async_save)
         self.precision = Precision(
             _DTYPES[compute_dtype] if compute_dtype else None, _DTYPES[reduce_dtype] if reduce_dtype else None
         )
@@ -112,6 +122,11 @@ class MoEParallelStrategy(ModelParallelStrategy):
         self._device_mesh = self.meshes.root
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+
+    def _get_process_group_backend(self) -> str:
+        # host numbers are agreed on, and background saves synchronised, without the device
+        on_cpu = self.root_device.type == "cpu"
+        return self._process_group_backend or ("gloo" if on_cpu else f"cpu:gloo,{super()._get_process_group_backend()}")
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -152,6 +167,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
             module.materialize(self.root_device)  # type: ignore[operator]  # the module's own way to fill itself
         elif is_meta:
             materialize(module, self.root_device)
+        rank_zero_info(layout_summary(module, self.dims))
 
     # -- losses and gradients ------------------------------------------------------------------------------------------
 
@@ -209,15 +225,47 @@ class MoEParallelStrategy(ModelParallelStrategy):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Writes a checkpoint and puts it in the place of an older one in one step."""
+        path = Path(self.broadcast(filepath))
+        if self._save_distributed_checkpoint:
+            states = enumerate(checkpoint.pop("optimizer_states", []))
+            tensors = {"state_dict": checkpoint.pop("state_dict"), **{f"optimizer_{n}": state for n, state in states}}
+            self._writer.save(tensors, checkpoint, path)
+            return
+        partial = partial_path(path)
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        if self.is_global_zero:
+            publish(partial, path)
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Removes a checkpoint, but not before the one that may replace it is whole."""
+        self._writer.wait()
+        if self.is_global_zero:
+            remove_published(Path(filepath))
+
+    def teardown(self) -> None:
+        """Waits for a checkpoint that is still being written."""
+        self._writer.wait()
+        super().teardown()
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a sharded checkpoint of any layout, or a single file, and executes nothing of it.
 
         Raises:
             UnsafeCheckpointError: If it holds more than data.
         """
+        self._writer.wait()
         path = Path(self.broadcast(checkpoint_path))
         assert self.model is not None
         assert self.lightning_module is not None
+        if path.is_dir() and not (path / METADATA_FILE).exists():
+            hint = (
+                "; for Hugging Face weights set the module's init_weights" if list(path.glob("*.safetensors")) else ""
+            )
+            raise ValueError(f"{path} is no checkpoint of a run: it has no {METADATA_FILE}{hint}")
         if not path.is_dir():
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             load_whole_weights(self.model, checkpoint["state_dict"], self.lightning_module.strict_loading)
@@ -233,7 +281,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
             load_sharded(state, path, allow_missing=True)
             options = StateDictOptions(cpu_offload=True)
             set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"], options=options)
-        metadata: dict[str, Any] = torch.load(path / "meta.pt", weights_only=True)
+        metadata: dict[str, Any] = torch.load(path / METADATA_FILE, weights_only=True)
         return metadata
 
 
