@@ -110,9 +110,10 @@ class DecoderBlock(nn.Module):
         if isinstance(self.mlp, SwiGLU):
             return x_TD + self.mlp(normed_TD), None
         recorded = record.get(moe_layer) if record is not None else None
+        recomputing = recorded is not None and replay is None
         if recorded is None and replay is not None:
             recorded = replay.get(moe_layer)
-        y_TD, routing = self.mlp(normed_TD, recorded, token_mask_T)
+        y_TD, routing = self.mlp(normed_TD, recorded, token_mask_T, recomputing)
         if record is not None:
             record.put(moe_layer, routing.ids_TK)
         return x_TD + y_TD, routing.stats

@@ -6,7 +6,8 @@ its experts, and one row comes back: the weighted sum of what that rank's expert
     from rank r:  Σ_{e ∈ S(t), rank(e) = r} w_e E_e(x_t)
     y_t = sum over the ranks in order, so the result does not depend on timing
 
-Sizes are exchanged first: one small all-to-all, which the host reads.
+Sizes are exchanged first: one small all-to-all, which the host reads, once. Rows for this rank itself are part of the
+collectives, which copy them and send nothing.
 
 Letters: T tokens, K choices per token, E experts, P ranks, S source rows received, R routed rows (pairs of a source row
 and an expert), N rows sent, M pairs sent, D hidden size.
@@ -25,7 +26,8 @@ from lit_interns1.nn.moe.dispatch import RoutedRows
 from lit_interns1_kernels.permute import group_by_expert
 
 
-def _exchange(rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+def exchange_rows(rows: Tensor, received: list[int] | None, sent: list[int] | None, group: dist.ProcessGroup) -> Tensor:
+    """Sends `sent[r]` rows to rank r and returns the `received[r]` rows that came from each; None: equal numbers."""
     return collectives.wait_tensor(collectives.all_to_all_single(rows.contiguous(), received, sent, group))
 
 
@@ -35,11 +37,11 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.received, ctx.sent, ctx.group = received, sent, group
-        return _exchange(rows, received, sent, group)
+        return exchange_rows(rows, received, sent, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(gradient, ctx.sent, ctx.received, ctx.group), None, None, None
+        return exchange_rows(gradient, ctx.sent, ctx.received, ctx.group), None, None, None
 
 
 def _sum_to_tokens(rows_ND: Tensor, token_N: Tensor, rows_per_rank: list[int], tokens: int) -> Tensor:
@@ -114,19 +116,20 @@ class AllToAllDispatcher:
         needs_PT = torch.zeros(self.ranks, tokens, dtype=torch.bool, device=device)
         needs_PT[owner_M, token_M] = True
         sizes_P2 = torch.stack([needs_PT.sum(1), pair_ends_P.long().diff(prepend=pair_ends_P.new_zeros(1).long())], 1)
-        theirs_P2 = _exchange(sizes_P2, [1] * self.ranks, [1] * self.ranks, self.group)
+        theirs_P2 = exchange_rows(sizes_P2, [1] * self.ranks, [1] * self.ranks, self.group)
         (rows_out, pairs_out), (rows_in, pairs_in) = torch.stack([sizes_P2, theirs_P2]).transpose(1, 2).tolist()
 
         # a pair names its row by the position among the rows for that rank
         position_M = (needs_PT.cumsum(1) - 1)[owner_M, token_M]
         expert_M = ids_TK.flatten()[order_M] - owner_M * self.local_experts
         sent_M2 = torch.stack([position_M, expert_M], 1).to(torch.int32)
-        received_R2 = _exchange(sent_M2, pairs_in, pairs_out, self.group).long()
-        row_start_P = torch.tensor(rows_in, device=device).cumsum(0) - torch.tensor(rows_in, device=device)
-        row_start_R = torch.repeat_interleave(row_start_P, torch.tensor(pairs_in, device=device))
+        received_R2 = exchange_rows(sent_M2, pairs_in, pairs_out, self.group).long()
+        # sizes that the host knows already are given to the operations, or they would wait for the device to tell them
+        row_start_P = theirs_P2[:, 0].cumsum(0) - theirs_P2[:, 0]
+        row_start_R = torch.repeat_interleave(row_start_P, theirs_P2[:, 1], output_size=sum(pairs_in))
         order_R, _, offsets_E = group_by_expert(received_R2[:, 1:], self.local_experts)
         row_index_R = (received_R2[:, 0] + row_start_R)[order_R]
-        route = _Route(needs_PT.nonzero()[:, 1], tokens, rows_out, rows_in)
+        route = _Route(torch.nonzero_static(needs_PT, size=sum(rows_out))[:, 1], tokens, rows_out, rows_in)
         return route, order_M, pairs_out, pairs_in, order_R, row_index_R, offsets_E
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> RoutedRows:

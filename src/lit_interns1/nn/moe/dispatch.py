@@ -9,7 +9,7 @@ Letters: T tokens, K choices per token, S source rows at the experts, R routed r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -46,6 +46,25 @@ class TokenDispatcher(Protocol):
 
     def combine(self, y_SD: Tensor, context: Any) -> Tensor:
         """(S, D) rows that the experts have weighted and summed per source row → (T, D)."""
+        ...
+
+
+@runtime_checkable
+class StartsEarly(Protocol):
+    """A dispatcher that can begin before the router has decided."""
+
+    def start(self, x_TD: Tensor, num_groups: int) -> Any:
+        """Begins with (T, D) tokens; what it returns is handed to `dispatch`.
+
+        Args:
+            x_TD: The tokens.
+            num_groups: G > 1: the ids will come group after group, K/G from each of G groups of consecutive experts,
+                because a router chooses them so. 1: nothing is known, e.g. of replayed ids.
+        """
+        ...
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, started: Any = None) -> RoutedRows:
+        """As in `TokenDispatcher`, going on with what was started."""
         ...
 
 

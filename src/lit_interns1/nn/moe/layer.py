@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lit_interns1.nn.moe.dispatch import LocalDispatcher, TokenDispatcher
+from lit_interns1.nn.moe.dispatch import LocalDispatcher, StartsEarly, TokenDispatcher
 from lit_interns1.nn.moe.experts import RoutedExperts
 from lit_interns1.nn.moe.router import Router, Routing
 
@@ -26,9 +26,17 @@ class MoEFeedForward(nn.Module):
         self.dispatcher: TokenDispatcher = LocalDispatcher(router.num_experts)
 
     def forward(
-        self, x_TD: Tensor, replay_TK: Tensor | None = None, token_mask_T: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        replay_TK: Tensor | None = None,
+        token_mask_T: Tensor | None = None,
+        recomputing: bool = False,
     ) -> tuple[Tensor, Routing]:
-        """(T, D) → (T, D) and the routing. `replay_TK` and `token_mask_T` as in `Router.forward`."""
-        routing = self.router(x_TD, replay_TK, token_mask_T)
-        rows = self.dispatcher.dispatch(x_TD, routing.ids_TK, routing.weights_TK)
-        return self.dispatcher.combine(self.experts(rows), rows.context).to(x_TD.dtype), routing
+        """(T, D) → (T, D) and the routing. `replay_TK`, `token_mask_T` and `recomputing` as in `Router.forward`."""
+        dispatcher, started = self.dispatcher, {}
+        if isinstance(dispatcher, StartsEarly):
+            chooses = replay_TK is None or recomputing
+            started = {"started": dispatcher.start(x_TD, self.router.num_groups if chooses else 1)}
+        routing = self.router(x_TD, replay_TK, token_mask_T, recomputing)
+        rows = dispatcher.dispatch(x_TD, routing.ids_TK, routing.weights_TK, **started)
+        return dispatcher.combine(self.experts(rows), rows.context).to(x_TD.dtype), routing

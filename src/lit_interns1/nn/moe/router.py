@@ -148,13 +148,21 @@ class Router(nn.Module):
             raise ValueError(f"replayed expert {int(replay_TK.max())} does not exist: there are {self.num_experts}")
         return replay_TK
 
-    def forward(self, x_TD: Tensor, replay_TK: Tensor | None = None, token_mask_T: Tensor | None = None) -> Routing:
+    def forward(
+        self,
+        x_TD: Tensor,
+        replay_TK: Tensor | None = None,
+        token_mask_T: Tensor | None = None,
+        recomputing: bool = False,
+    ) -> Routing:
         """Routes tokens.
 
         Args:
             x_TD: (T, hidden).
             replay_TK: (T, K) expert ids to use instead of choosing; a token with a -1 chooses live.
             token_mask_T: (T,) bool, tokens that count in the statistics. None: all.
+            recomputing: The ids are what this router chose in the forward pass that is computed again: they are not
+                checked, so nothing waits for the device.
 
         Raises:
             ValueError: If replayed ids have another shape or name experts that do not exist.
@@ -165,7 +173,7 @@ class Router(nn.Module):
             else:
                 logits_TE = F.linear(x_TD, self.weight.to(x_TD.dtype)).float()
             if replay_TK is not None:
-                replay_TK = self._check_replay(replay_TK, len(logits_TE))
+                replay_TK = replay_TK.long() if recomputing else self._check_replay(replay_TK, len(logits_TE))
             weights_TK, ids_TK, probabilities_TE = self.decide(logits_TE, replay_TK)
             if self.dtype == "native":
                 weights_TK = weights_TK.to(x_TD.dtype)
