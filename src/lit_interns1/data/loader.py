@@ -85,6 +85,9 @@ class ResumableLoader:
         ValueError: If the rank is not in [0, W), or there are fewer rows than one optimizer step needs.
     """
 
+    equal_on_all_ranks = True
+    """Every rank takes the same number of batches, so ranks need not agree on it."""
+
     def __init__(
         self,
         reader: RowReader,
@@ -204,6 +207,8 @@ class EvaluationLoader:
         num_workers: Processes that read ahead; 0 = read in this process.
         pin_memory: Whether batches come in page-locked memory.
     """
+
+    equal_on_all_ranks = True
 
     def __init__(
         self,
