@@ -60,11 +60,19 @@ def compare(rank, world):
                 assert ours.dtype == theirs.dtype
                 torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=f"{case} {dtype}")
 
-            # a token's row comes once, however many of this rank's experts it chose
-            wants = [None] * world
-            dist.all_gather_object(wants, int((ids.div(EXPERTS // world, rounding_mode="floor") == 0).any(1).sum()))
-            if rank == 0:
-                assert rows.x_SD.shape[0] == sum(wants)
+            # a token's row goes once to each rank that has any of its experts, and comes back once
+            owner = ids.div(EXPERTS // world, rounding_mode="floor")
+            wants = [int((owner == peer).any(1).sum()) for peer in range(world)]
+            assert rows.context.rows_out == wants
+            everyone = [None] * world
+            dist.all_gather_object(everyone, wants)
+            assert rows.context.rows_in == [sent[rank] for sent in everyone]
+            assert rows.x_SD.shape[0] == sum(rows.context.rows_in)
+    alone = [dist.new_group([peer]) for peer in range(world)][rank]  # a group of one rank sends nothing
+    x, ids, weights, _ = problem("random", rank, torch.float64)
+    expected, _ = layer(LocalDispatcher(EXPERTS), x, ids, weights, *stacks(torch.float64))
+    y, _ = layer(AllToAllDispatcher(EXPERTS, alone), x, ids, weights, *stacks(torch.float64))
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match=f"the 9 experts must be divisible by the {world} ranks"):
         AllToAllDispatcher(9, dist.group.WORLD)
 

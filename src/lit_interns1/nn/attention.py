@@ -50,4 +50,4 @@ class GroupedQueryAttention(nn.Module):
         k_TGd = self.k_norm(self.k_proj(x_TD).view(tokens, self.num_kv_heads, self.head_dim))
         v_TGd = self.v_proj(x_TD).view(tokens, self.num_kv_heads, self.head_dim)
         q_THd, k_TGd = apply_rotary(q_THd, k_TGd, *rotary)
-        return self.o_proj(attend(self.layer, q_THd, k_TGd, v_TGd).reshape(tokens, -1))
+        return self.o_proj(attend(self.layer, q_THd, k_TGd, v_TGd).flatten(1))

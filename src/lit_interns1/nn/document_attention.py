@@ -163,7 +163,8 @@ class DocumentAttention:
         if q_THd.shape[0] != self.num_tokens:
             raise ValueError(f"cu_seqlens covers {self.num_tokens} tokens, the input has {q_THd.shape[0]}")
         if self.num_tokens == 0:
-            return q_THd * 1.0
+            # all three take part: a rank whose parameters got no gradient would not match the others' collectives
+            return q_THd + k_TGd.sum() + v_TGd.sum()
         if self.backend == "flex":
             if not q_THd.is_cuda and q_THd.requires_grad:
                 raise ValueError(
