@@ -1,9 +1,16 @@
-"""Training state on disk."""
+"""Training state on disk, and weights from elsewhere."""
 
+from lit_interns1.checkpoints.huggingface import (
+    WeightsError,
+    config_from_pretrained,
+    load_pretrained_model,
+    load_pretrained_weights,
+)
 from lit_interns1.checkpoints.publish import partial_path, publish, remove_published
 from lit_interns1.checkpoints.sharded import UnsafeCheckpointError, load_sharded
 from lit_interns1.checkpoints.sharded_writer import ShardedWriter
 
 __all__ = [
-    "ShardedWriter", "UnsafeCheckpointError", "load_sharded", "partial_path", "publish", "remove_published",
+    "ShardedWriter", "UnsafeCheckpointError", "WeightsError", "config_from_pretrained", "load_pretrained_model",
+    "load_pretrained_weights", "load_sharded", "partial_path", "publish", "remove_published",
 ]  # fmt: skip

@@ -31,7 +31,7 @@ import lit_interns1.optim
 import lit_interns1.strategies
 from lit_interns1.callbacks import ConsoleProgress, ExpertLoadRecorder, RunCheckpoint, ThroughputMonitor, TokenClock
 from lit_interns1.data.tokenizer import TextTokenizer
-from lit_interns1.modules.language_model_module import read_checkpoint
+from lit_interns1.modules.language_model_module import LanguageModelModule, read_checkpoint
 
 
 def known_option_names(parser: LightningArgumentParser) -> set[str]:
@@ -210,6 +210,8 @@ class KitCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, OSError) as error:
             fail(str(innermost(error)))
+        if self.config[self.subcommand].get("ckpt_path") and isinstance(self.model, LanguageModelModule):
+            self.model.checkpoint_follows = True
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs; what goes wrong before the first batch is one line, and leaves no half-made run directory."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from lit_interns1.nn.moe.router import ROUTERS
 from lit_interns1.nn.rotary import kept_frequencies
+
+Config = TypeVar("Config", "LanguageModelConfig", "MoEConfig", "PositionConfig")
 
 
 def _positive(config: object, *names: str) -> None:
@@ -187,3 +190,37 @@ class LanguageModelConfig:
     def num_moe_layers(self) -> int:
         """Sparse blocks."""
         return sum(self.is_moe_layer(layer) for layer in range(self.num_layers))
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A config with some fields changed; a mapping changes fields of the config inside, as in {"moe": {...}}.
+
+    Raises:
+        ValueError: If a field does not exist, or the result is no valid config.
+    """
+    values = dict(changes)
+    known = [entry.name for entry in fields(config)]
+    for name, value in changes.items():
+        if name not in known:
+            raise ValueError(f"{type(config).__name__} has no field {name!r} to change: it has {', '.join(known)}")
+        inner = getattr(config, name)
+        if isinstance(value, Mapping):
+            if not is_dataclass(inner):
+                raise ValueError(f"{name} = {inner!r} has no fields: {dict(value)} cannot be changed in it")
+            values[name] = changed(inner, value)  # type: ignore[type-var]
+    return replace(config, **values)
+
+
+def differing_fields(saved: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Fields of the architecture in which two configs differ, as "name: saved → present"."""
+    run_time = {"attention_backend", "activation_checkpointing", "expert_backend", "freeze_router", "router_gradient"}
+    differences = []
+    for name in sorted(set(saved) | set(present)):
+        old, new = saved.get(name), present.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            differences += differing_fields(old, new, f"{prefix}{name}.")
+        elif name not in run_time and (list(old) if isinstance(old, tuple) else old) != (
+            list(new) if isinstance(new, tuple) else new
+        ):
+            differences.append(f"{prefix}{name}: {old!r} → {new!r}")
+    return differences

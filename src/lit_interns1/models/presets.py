@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lit_interns1.models.config import LanguageModelConfig, MoEConfig, PositionConfig
+from lit_interns1.models.config import LanguageModelConfig, MoEConfig, PositionConfig, changed
 
 
 def tiny_s1() -> LanguageModelConfig:
@@ -116,11 +116,11 @@ PRESETS: dict[str, Callable[[], LanguageModelConfig]] = {
 
 
 def preset(name: str, **changes: Any) -> LanguageModelConfig:
-    """The config of a preset, with any of its fields changed.
+    """The config of a preset, with any of its fields changed (see `changed`).
 
     Raises:
-        ValueError: If no preset has this name.
+        ValueError: If no preset has this name, or a field does not exist.
     """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
-    return replace(PRESETS[name](), **changes)
+    return changed(PRESETS[name](), changes)

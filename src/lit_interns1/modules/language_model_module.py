@@ -16,8 +16,16 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from lit_interns1.callbacks import ExpertBiasUpdate, TokenClock, TokenExactLoss, TokenLearningRate
+from lit_interns1.checkpoints.huggingface import (
+    LoadedWeights,
+    config_from_pretrained,
+    is_pretrained_folder,
+    load_pretrained_model,
+    load_pretrained_weights,
+)
 from lit_interns1.data.packed_batch import PackedBatch
 from lit_interns1.models import LanguageModel, LanguageModelConfig, MoEConfig, PositionConfig, preset
+from lit_interns1.models.config import changed, differing_fields
 from lit_interns1.models.language_model import LanguageModelOutput
 from lit_interns1.nn.head import TokenScores
 from lit_interns1.nn.initialization import materialize
@@ -41,27 +49,12 @@ def config_from_dict(values: Mapping[str, Any]) -> LanguageModelConfig:
     return LanguageModelConfig(**fields)
 
 
-def differing_fields(saved: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Fields of the architecture in which two configs differ, as "name: saved → present"."""
-    run_time = {"attention_backend", "activation_checkpointing", "expert_backend", "freeze_router", "router_gradient"}
-    differences = []
-    for name in sorted(set(saved) | set(present)):
-        old, new = saved.get(name), present.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            differences += differing_fields(old, new, f"{prefix}{name}.")
-        elif name not in run_time and (list(old) if isinstance(old, tuple) else old) != (
-            list(new) if isinstance(new, tuple) else new
-        ):
-            differences.append(f"{prefix}{name}: {old!r} → {new!r}")
-    return differences
-
-
 class LanguageModelModule(LightningModule):
     """Trains a `LanguageModel` on packed batches.
 
     Args:
-        config: The model's shape, or the name of a preset.
-        changes: Fields of the preset to change, by name, such as `vocab_size`.
+        config: The model's shape, or the name of a preset; default: that of `init_weights`, else "tiny-s1-pro".
+        changes: Fields of the preset, or of the folder's config, to change, as in `{moe: {freeze_router: true}}`.
         optimizer: Makes the optimizer from parameter groups. In YAML a `class_path` with `init_args`; default AdamW,
             rate 3e-4, β (0.9, 0.95), decay 0.1.
         schedule: Factor on the rate as a function of consumed tokens; None = constant.
@@ -69,6 +62,8 @@ class LanguageModelModule(LightningModule):
         balance: Balance and z losses of the routers.
         seed: Seed of the initial weights.
         decay_embeddings: Also apply weight decay to the embedding.
+        init_weights: A Hugging Face folder (config.json and safetensors files) to start from instead of random weights.
+            A `config` that is given as well must describe the same network. A checkpoint that is loaded goes over it.
 
     Logs `train/loss` (the objective per token over the optimizer step, without the routers' losses), `train/balance`,
     `train/router_z`, `train/tokens`, `optim/lr`, `val/loss`, and `val/loss/{source}` if batches carry `source_id`.
@@ -76,10 +71,15 @@ class LanguageModelModule(LightningModule):
 
     model: LanguageModel
     """The network; it exists once Lightning (or you) called `configure_model`."""
+    loaded_weights: LoadedWeights | None = None
+    """What was read from `init_weights`."""
+    checkpoint_follows: bool = False
+    """A checkpoint will be loaded, so `init_weights` need not be read. Lightning does not say so in time; the command
+    line sets this. Without it the folder is read first, and the checkpoint goes over it."""
 
     def __init__(
         self,
-        config: LanguageModelConfig | str = "tiny-s1-pro",
+        config: LanguageModelConfig | str | None = None,
         changes: dict[str, Any] | None = None,
         optimizer: Callable[[Iterable[Any]], Optimizer] = lambda parameters: AdamW(
             parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1
@@ -89,11 +89,17 @@ class LanguageModelModule(LightningModule):
         balance: BalanceLoss | None = None,
         seed: int = 0,
         decay_embeddings: bool = True,
+        init_weights: str | None = None,
     ) -> None:
         super().__init__()
-        if changes and not isinstance(config, str):
-            raise ValueError(f"changes = {changes} are for presets; write them into the config itself")
-        self.config = preset(config, **(changes or {})) if isinstance(config, str) else config
+        if changes and isinstance(config, LanguageModelConfig):
+            raise ValueError(f"changes = {changes} are for presets and folders; write them into the config itself")
+        self.init_weights, self._config_is_theirs = init_weights, config is None and init_weights is not None
+        if self._config_is_theirs:
+            config = config_from_pretrained(str(init_weights))
+        elif not isinstance(config, LanguageModelConfig):
+            config = preset(config or "tiny-s1-pro")
+        self.config = changed(config, changes or {})
         self.make_optimizer, self.schedule, self.seed = optimizer, schedule, seed
         self.objective = objective or NextTokenCrossEntropy()
         self.balance = balance or BalanceLoss()
@@ -113,8 +119,13 @@ class LanguageModelModule(LightningModule):
                 self.materialize("cpu")
 
     def materialize(self, device: torch.device | str) -> None:
-        """Fills in the initial weights; they depend on the seed and on names, not on how the model is divided."""
-        materialize(self.model, device=device, seed=self.seed, std=self.config.initializer_range)
+        """Fills in the initial weights: those of `init_weights`, or random ones. They do not depend on how the model is
+        divided."""
+        if self.init_weights is not None and not self.checkpoint_follows:
+            check = not self._config_is_theirs  # else it differs by what `changes` says, and by nothing else
+            self.loaded_weights = load_pretrained_weights(self.model, self.init_weights, device, check)
+        else:
+            materialize(self.model, device=device, seed=self.seed, std=self.config.initializer_range)
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over parameter groups with and without decay."""
@@ -241,12 +252,15 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
 
 def load_language_model(path: str | Path, device: torch.device | str = "cpu") -> LanguageModel:
-    """The language model of a single-file checkpoint, in eval mode.
+    """The language model of a single-file checkpoint or a Hugging Face folder, in eval mode.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: As `read_checkpoint`, or if the checkpoint was not written by `LanguageModelModule`.
+        WeightsError: If it is a Hugging Face folder that cannot be read.
     """
+    if is_pretrained_folder(path):
+        return load_pretrained_model(path, device).eval()
     checkpoint = read_checkpoint(path, device)
     if CONFIG_KEY not in checkpoint:
         raise ValueError(f"checkpoint {path} has no {CONFIG_KEY!r}: it was not written by LanguageModelModule")

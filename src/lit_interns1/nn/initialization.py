@@ -118,16 +118,27 @@ def initialize_parameters(model: nn.Module, seed: int = 0, std: float = 0.02) ->
             module.reset_buffers()
 
 
+def allocate(model: nn.Module, device: torch.device | str = "cpu") -> None:
+    """Gives a model built on the meta device memory on `device`, ties shared weights again and computes buffers.
+
+    Parameters hold whatever was in the memory. A model that is already on a real device is left as it is.
+    """
+    if not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        return
+    model.to_empty(device=device)
+    for module in model.modules():
+        tie = getattr(module, "tie_weights", None)
+        if callable(tie):
+            tie()
+        if isinstance(module, HasComputedBuffers):
+            module.reset_buffers()
+
+
 def materialize(model: nn.Module, device: torch.device | str = "cpu", seed: int = 0, std: float = 0.02) -> nn.Module:
     """Moves a model built on the meta device to `device` and initialises it; ties shared weights again.
 
     A model that is already on a real device is only initialised.
     """
-    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
-        model.to_empty(device=device)
-        for module in model.modules():
-            tie = getattr(module, "tie_weights", None)
-            if callable(tie):
-                tie()
+    allocate(model, device)
     initialize_parameters(model, seed=seed, std=std)
     return model
