@@ -41,6 +41,13 @@ def train(rank, world, strategy, optimizer, changes, accumulation, clip):
     if strategy is None:
         environment(0, 1)
         options = {"devices": 1}
+        clip_of_lightning = module.configure_gradient_clipping
+
+        def measure_and_clip(optimizer, **options):
+            result["norm"] = float(torch.nn.utils.get_total_norm([p.grad for p in module.parameters()]))
+            clip_of_lightning(optimizer, **options)
+
+        module.configure_gradient_clipping = measure_and_clip
     else:
         from lit_interns1.strategies import MoEParallelStrategy
 
@@ -60,7 +67,8 @@ def train(rank, world, strategy, optimizer, changes, accumulation, clip):
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
     result["parameters"] = {name: whole(p) for name, p in module.named_parameters()}
     result["biases"] = {name: whole(b) for name, b in module.named_buffers() if name.endswith("expert_bias")}
-    result["norm"] = float(trainer.callback_metrics.get("optim/grad_norm", torch.nan))
+    if strategy is not None and clip is not None:
+        result["norm"] = float(trainer.callback_metrics["optim/grad_norm"])
     result["local"] = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
     return result
 
@@ -80,13 +88,8 @@ CASES = {
         ({"expert_parallel_size": 2}, "sgd", {}, 2, None),
         ({"expert_parallel_size": 2}, "sgd", {"activation_checkpointing": "block"}, 1, None),
         ({"expert_parallel_size": 2}, "sgd", {"moe": {"router": "sigmoid"}, "tie_word_embeddings": True}, 1, None),
-        (
-            {"expert_parallel_size": 2},
-            "sgd",
-            {"moe": {"router": "grouped", "num_groups": 2, "router_gradient": "ste"}},
-            1,
-            None,
-        ),
+        ({"expert_parallel_size": 2}, "sgd", {"moe": GROUPED}, 1, None),
+        ({"expert_parallel_size": 2, "compute_dtype": "bfloat16"}, "sgd", {"moe": GROUPED}, 1, 0.05),
     ],
     4: [
         ({}, *SGD_CLIPPED),
@@ -94,24 +97,44 @@ CASES = {
         ({"expert_parallel_size": 4}, *SGD_CLIPPED),
         ({"replicate_size": 2, "expert_parallel_size": 2}, *SGD_CLIPPED),
         ({"replicate_size": 2, "expert_parallel_size": 1}, "adamw", {}, 1, None),
+        (
+            {"replicate_size": 2, "expert_parallel_size": 2, "compute_dtype": "float32"},
+            "sgd",
+            {"moe": GROUPED},
+            1,
+            None,
+        ),
     ],
 }
+
+
+def reference(strategy):
+    """One process without the strategy; with it only where its precision is the thing to be compared."""
+    return {"compute_dtype": "bfloat16"} if strategy.get("compute_dtype") == "bfloat16" else None
 
 
 @pytest.mark.parametrize("world", list(CASES))
 def test_every_layout_trains_like_one_process(world):
     cases = CASES[world]
-    wanted = run_ranks(train_all, 1, [(None, *rest) for _, *rest in cases], timeout=120.0)[0]
+    wanted = run_ranks(train_all, 1, [(reference(sizes), *rest) for sizes, *rest in cases], timeout=120.0)[0]
     results = run_ranks(train_all, world, cases, timeout=120.0)
     for number, (case, expected) in enumerate(zip(cases, wanted, strict=True)):
+        is_rounded = case[0].get("compute_dtype") == "bfloat16"
+        tolerance = 0.02 if is_rounded else 1e-5
         for rank in range(world):
             ours = results[rank][number]
-            assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-5, nan_ok=True), case
+            assert ours["losses"] == pytest.approx(expected["losses"], rel=tolerance, nan_ok=True), case
+            assert "norm" not in ours or ours["norm"] == pytest.approx(expected["norm"], rel=tolerance), case
             for kind in ("gradients", "parameters", "biases"):
                 assert ours[kind].keys() == expected[kind].keys(), case
-                for name, tensor in ours[kind].items():
-                    error = (tensor - expected[kind][name]).norm() / expected[kind][name].norm().clamp(min=1e-8)
-                    assert error < 1e-5, f"{case}: {kind} of {name}: {error:.1e}"
+                errors = {name: tensor - expected[kind][name] for name, tensor in ours[kind].items()}
+                if is_rounded:  # a small weight's gradient is noise in bf16, all of them together are not
+                    together = sum(e.square().sum() for e in errors.values()) ** 0.5
+                    assert together <= 0.02 * sum(t.square().sum() for t in expected[kind].values()) ** 0.5, case
+                    continue
+                for name, error in errors.items():
+                    relative = error.norm() / expected[kind][name].norm().clamp(min=1e-8)
+                    assert relative < 1e-5, f"{case}: {kind} of {name}: {relative:.1e}"
         total = sum(p.numel() for p in expected["parameters"].values())
         held = sum(results[rank][number]["local"] for rank in range(world))
         assert held >= total

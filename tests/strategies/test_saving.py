@@ -85,9 +85,10 @@ def train(rank, world, folder, asynchronous, steps, signal_rank=None):
             raise AssertionError("a run that is asked to end does not validate")
 
     module.validation_step = lambda batch, batch_idx: None
+    every = 1 if signal_rank is None else 1000
     trainer = L.Trainer(
         accelerator="cpu", devices=world, max_steps=steps, min_steps=steps, logger=False,
-        callbacks=[Watch(), RunCheckpoint(f"{folder}/checkpoints", every_n_train_steps=1 if signal_rank is None else 1000)],
+        callbacks=[Watch(), RunCheckpoint(f"{folder}/checkpoints", every_n_train_steps=every)],
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
         strategy=MoEParallelStrategy(async_save=asynchronous), plugins=[TorchElasticEnvironment()],
     )  # fmt: skip

@@ -42,7 +42,7 @@ from lit_interns1.nn.initialization import materialize
 from lit_interns1.nn.parallel_plan import HasParallelPlan, ParallelPlan, default_plan
 from lit_interns1.strategies import gradients
 from lit_interns1.strategies.parallel_dims import ParallelDims
-from lit_interns1.strategies.parallelize import Precision, fsdp_modules, parallelize
+from lit_interns1.strategies.parallelize import DispatcherName, Precision, fsdp_modules, parallelize
 from lit_interns1.strategies.summary import layout_summary
 from lit_interns1.training import LossWindow, all_reduce_sum
 
@@ -64,6 +64,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
             With it leave `Trainer(precision=...)` at "32-true".
         reduce_dtype: Type in which gradients are summed over ranks.
         reshard_after_forward: Give gathered parameters back after forward (less memory, more communication).
+        dispatcher: How tokens travel to experts on other ranks. "static" for grouped routers with whole groups on each
+            rank: no sizes are exchanged; "exact" for any router; "auto": static where it can be, else exact; "deepep":
+            DeepEP's kernels, which need its package and GPUs.
         gradient_norm_type: p of the norm that `gradient_clip_val` limits; `inf` for the largest absolute value.
         save_distributed_checkpoint: A folder that every rank writes its part of; False: one file.
         async_save: Write such folders in the background: training goes on when the tensors have been copied to memory
@@ -91,6 +94,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         reduce_dtype: Literal["float32", "bfloat16"] | None = "float32",
         reshard_after_forward: bool = True,
+        dispatcher: DispatcherName = "auto",
         gradient_norm_type: float = 2.0,
         save_distributed_checkpoint: bool = True,
         async_save: bool = False,
@@ -108,6 +112,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         self.precision = Precision(
             _DTYPES[compute_dtype] if compute_dtype else None, _DTYPES[reduce_dtype] if reduce_dtype else None
         )
+        self.dispatcher: DispatcherName = dispatcher
         self.reshard_after_forward, self.gradient_norm_type = reshard_after_forward, gradient_norm_type
         self._window = LossWindow()
         self._uses_sums = False
@@ -162,7 +167,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
             for tensor in [*module.parameters(), *module.buffers()]:
                 torch.distributed.broadcast(tensor.detach(), src=0)
         for model, plan in roots(module):
-            parallelize(model, plan, self.meshes, self.dims, self.precision, self.reshard_after_forward)
+            parallelize(
+                model, plan, self.meshes, self.dims, self.precision, self.reshard_after_forward, self.dispatcher
+            )
         if is_meta and hasattr(module, "materialize"):
             module.materialize(self.root_device)  # type: ignore[operator]  # the module's own way to fill itself
         elif is_meta:

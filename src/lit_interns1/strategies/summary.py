@@ -34,8 +34,8 @@ def layout_summary(module: nn.Module, dims: ParallelDims) -> str:
             idle += held // among * (among - chosen)
     divided = sum(isinstance(parameter, DTensor) for parameter in module.parameters())
     return (
-        f"{dims.world_size} ranks = {dims.replicate_size} replicas × {dims.shards} shards; experts over "
-        f"{dims.expert_parallel_size} ranks, each part over {dims.expert_shard_size}\n"
+        f"{dims.world_size} ranks = {dims.replicate_size} × {dims.shards} (replicate × shard), "
+        f"shard = {dims.expert_shard_size} × {dims.expert_parallel_size} (expert shard × expert parallel)\n"
         f"{with_unit(total)} parameters ({with_unit(experts)} in experts), {with_unit(total - idle)} active per token; "
         f"{with_unit(here)} on this rank, {divided} tensors divided"
     )
