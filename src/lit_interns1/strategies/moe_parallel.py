@@ -41,6 +41,7 @@ from lit_interns1.checkpoints.whole import load_whole_optimizer, load_whole_weig
 from lit_interns1.nn.initialization import materialize
 from lit_interns1.nn.parallel_plan import HasParallelPlan, ParallelPlan, default_plan
 from lit_interns1.strategies import gradients
+from lit_interns1.strategies.equal_steps import equal_steps
 from lit_interns1.strategies.parallel_dims import ParallelDims
 from lit_interns1.strategies.parallelize import DispatcherName, Precision, fsdp_modules, parallelize
 from lit_interns1.strategies.summary import layout_summary
@@ -138,6 +139,11 @@ class MoEParallelStrategy(ModelParallelStrategy):
         """Every rank reads data of its own."""
         mesh = self.meshes.data_parallel
         return {"num_replicas": mesh.size(), "rank": mesh.get_local_rank()}
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Every rank takes the same number of batches from it."""
+        assert self.lightning_module is not None
+        return equal_steps(dataloader, self.lightning_module.trainer.state.stage)
 
     # -- model ---------------------------------------------------------------------------------------------------------
 
