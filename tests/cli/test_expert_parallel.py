@@ -72,6 +72,14 @@ def test_one_process_two_ranks_torchrun_and_a_run_that_was_stopped_agree(tmp_pat
     assert list(single) == list(expected)
     assert list(single.values()) == pytest.approx(list(expected.values()), rel=2e-5)
 
+    generate = ["generate", f"--ckpt={tmp_path / 'two/checkpoints/last.ckpt'}", "--prompt=ROMEO.", "--max_new_tokens=4"]
+    assert subprocess.run([*LAUNCHER, *generate], capture_output=True, text=True, check=True).stdout.startswith(
+        "ROMEO."
+    )
+    refused = start(tmp_path / "two", *one, "--trainer.strategy=auto", "--ckpt_path=last")
+    assert refused.wait(timeout=300) == 2
+    assert "is sharded: add --trainer.strategy moe_parallel" in (tmp_path / "two.log").read_text()
+
     stopped = tmp_path / "stopped"
     process = start(stopped, "--checkpoint.every_n_train_steps=3")
     deadline = time.monotonic() + 300

@@ -8,9 +8,10 @@ from lit_interns1.checkpoints.huggingface import (
 )
 from lit_interns1.checkpoints.publish import partial_path, publish, remove_published
 from lit_interns1.checkpoints.sharded import UnsafeCheckpointError, load_sharded
-from lit_interns1.checkpoints.sharded_writer import ShardedWriter
+from lit_interns1.checkpoints.sharded_writer import METADATA_FILE, ShardedWriter
 
 __all__ = [
+    "METADATA_FILE",
     "ShardedWriter", "UnsafeCheckpointError", "WeightsError", "config_from_pretrained", "load_pretrained_model",
     "load_pretrained_weights", "load_sharded", "partial_path", "publish", "remove_published",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 # short class names in configs resolve to classes that are imported
@@ -178,13 +179,13 @@ class KitCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Looks at the checkpoint before anything else; hyper-parameters are taken from it only if it has some."""
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path is None or path in ("last", "best", "hpc") or Path(path).is_dir():
+        if path is None or path in ("last", "best", "hpc"):
             return
         try:
             checkpoint = read_checkpoint(path)
         except (OSError, ValueError) as error:
             fail(f"--ckpt_path: {error}")
-        if "hyper_parameters" in checkpoint:
+        if "hyper_parameters" in checkpoint and Path(path).is_file():
             super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
@@ -210,6 +211,10 @@ class KitCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, OSError) as error:
             fail(str(innermost(error)))
+        path = self.config[self.subcommand].get("ckpt_path")
+        checkpoint = self._run_dir / "checkpoints" / "last.ckpt" if path == "last" else Path(path or "")
+        if path and checkpoint.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            fail(f"checkpoint {checkpoint} is sharded: add --trainer.strategy moe_parallel, on any number of devices")
         if self.config[self.subcommand].get("ckpt_path") and isinstance(self.model, LanguageModelModule):
             self.model.checkpoint_follows = True
 

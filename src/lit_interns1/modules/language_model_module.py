@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from lit_interns1.callbacks import ExpertBiasUpdate, TokenClock, TokenExactLoss, TokenLearningRate
+from lit_interns1.checkpoints import METADATA_FILE, load_sharded
 from lit_interns1.checkpoints.huggingface import (
     LoadedWeights,
     config_from_pretrained,
@@ -227,35 +228,34 @@ class LanguageModelModule(LightningModule):
 
 
 def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A single-file checkpoint of Lightning, memory-mapped and unpickled without running code.
+    """A checkpoint of a run, unpickled without running code: one file, or of a sharded one all but the tensors.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated or is no checkpoint.
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If it is truncated or is no checkpoint.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(
-            f"checkpoint {path} is a folder of shards, which only training reads; for one file train with "
-            "trainer.strategy.init_args.save_distributed_checkpoint = false"
-        )
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
+    file = path / METADATA_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path} is no checkpoint of a run: it has no {METADATA_FILE}")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        checkpoint = torch.load(file, map_location=device, weights_only=True, mmap=True)
     except Exception as error:
         reason = str(error).split(". ")[0]
         raise ValueError(f"checkpoint {path} cannot be read (truncated, or no checkpoint): {reason}") from None
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is no checkpoint of a run: it has no 'state_dict'")
+    wanted = "global_step" if path.is_dir() else "state_dict"
+    if not isinstance(checkpoint, dict) or wanted not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of a run: it has no {wanted!r}")
     return checkpoint
 
 
 def load_language_model(path: str | Path, device: torch.device | str = "cpu") -> LanguageModel:
-    """The language model of a single-file checkpoint or a Hugging Face folder, in eval mode.
+    """The language model of a checkpoint (one file or sharded) or a Hugging Face folder, in eval mode.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such file or folder.
         ValueError: As `read_checkpoint`, or if the checkpoint was not written by `LanguageModelModule`.
         WeightsError: If it is a Hugging Face folder that cannot be read.
     """
@@ -268,6 +268,9 @@ def load_language_model(path: str | Path, device: torch.device | str = "cpu") ->
         model = LanguageModel(config_from_dict(checkpoint[CONFIG_KEY]))
     materialize(model, device=device)
     prefix = "model."
+    if Path(path).is_dir():
+        load_sharded({"state_dict": {prefix + name: tensor for name, tensor in model.state_dict().items()}}, path)
+        return model.eval()
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     model.load_state_dict(weights)
     return model.eval()

@@ -35,8 +35,14 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from lit_interns1.checkpoints import ShardedWriter, load_sharded, partial_path, publish, remove_published
-from lit_interns1.checkpoints.sharded_writer import METADATA_FILE
+from lit_interns1.checkpoints import (
+    METADATA_FILE,
+    ShardedWriter,
+    load_sharded,
+    partial_path,
+    publish,
+    remove_published,
+)
 from lit_interns1.checkpoints.whole import load_whole_optimizer, load_whole_weights
 from lit_interns1.nn.initialization import materialize
 from lit_interns1.nn.parallel_plan import HasParallelPlan, ParallelPlan, default_plan
