@@ -1,4 +1,4 @@
-"""`lit-interns1 generate`: continue a prompt with the model of a checkpoint."""
+"""`lit-interns1 generate`: continue a prompt with the model of a checkpoint or of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from pathlib import Path
 
 
 def find_tokenizer(checkpoint: Path, tokenizer: str | None) -> str:
-    """The tokenizer to use: the one named, else the one kept in the checkpoint's run directory.
+    """The tokenizer to use: the one named, else that of the folder, or the one kept in the checkpoint's run directory.
 
     Raises:
         FileNotFoundError: If none is named and the run directory holds none.
     """
+    from lit_interns1.checkpoints.huggingface import is_pretrained_folder
+
     if tokenizer is not None:
         return tokenizer
+    if is_pretrained_folder(checkpoint):
+        return str(checkpoint)
     for directory in (checkpoint.parent, checkpoint.parent.parent):
         if (directory / "tokenizer.json").is_file():
             return str(directory / "tokenizer.json")
@@ -33,9 +37,10 @@ def generate_text(
     """Continues a prompt and prints the text.
 
     Args:
-        ckpt: Checkpoint file, e.g. runs/tiny/checkpoints/last.ckpt.
+        ckpt: Checkpoint file, e.g. runs/tiny/checkpoints/last.ckpt, or a Hugging Face folder (config.json and
+            safetensors files).
         prompt: Text to continue; empty = start a document.
-        tokenizer: tokenizer.json, directory, or bundled:tokenizer; default: the one in the run directory.
+        tokenizer: tokenizer.json, directory, or bundled:tokenizer; default: the one in the folder or run directory.
         max_new_tokens: Limit of new tokens.
         temperature: Sampling temperature; 0 = greedy.
         top_p: Probability mass of the tokens that are drawn from.
@@ -72,6 +77,7 @@ def continue_prompt(
     device: str = "cpu",
 ) -> list[str]:
     """Prompt and continuation as text, one per sample; arguments as in `generate_text`."""
+    from lit_interns1.checkpoints.huggingface import end_of_text_ids, is_pretrained_folder
     from lit_interns1.data import load_tokenizer
     from lit_interns1.models import generate
     from lit_interns1.modules.language_model_module import load_language_model
@@ -84,8 +90,11 @@ def continue_prompt(
         )
     # documents end with the end-of-text token, so it is also what stands before a new one
     ids = encoder.encode(prompt) or [encoder.end_of_text_id]
+    stop_ids = [encoder.end_of_text_id]
+    if is_pretrained_folder(checkpoint):
+        stop_ids += end_of_text_ids(checkpoint)
     output = generate(
         model, [ids] * num_samples, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        stop_ids=[encoder.end_of_text_id], seed=seed,
+        stop_ids=stop_ids, seed=seed,
     )  # fmt: skip
     return [prompt + encoder.decode(tokens) for tokens in output.token_ids]

@@ -19,6 +19,7 @@ from lit_interns1.callbacks import ExpertBiasUpdate, TokenClock, TokenExactLoss,
 from lit_interns1.checkpoints import METADATA_FILE, load_sharded
 from lit_interns1.checkpoints.huggingface import (
     LoadedWeights,
+    WeightsError,
     config_from_pretrained,
     is_pretrained_folder,
     load_pretrained_model,
@@ -124,7 +125,11 @@ class LanguageModelModule(LightningModule):
         divided."""
         if self.init_weights is not None and not self.checkpoint_follows:
             check = not self._config_is_theirs  # else it differs by what `changes` says, and by nothing else
-            self.loaded_weights = load_pretrained_weights(self.model, self.init_weights, device, check)
+            try:
+                self.loaded_weights = load_pretrained_weights(self.model, self.init_weights, device, check)
+            except WeightsError:
+                del self.model  # without memory it cannot be moved, which Lightning would complain about instead
+                raise
         else:
             materialize(self.model, device=device, seed=self.seed, std=self.config.initializer_range)
 

@@ -9,13 +9,13 @@ Anything else ends with a table of what is missing, unexpected, twice there, or 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from lit_interns1.checkpoints.huggingface.errors import Problem, WeightsError
+from lit_interns1.checkpoints.huggingface.errors import Problem, ProblemKind, WeightsError
 from lit_interns1.checkpoints.huggingface.files import SCALE_SUFFIX, SCALE_TYPES, WEIGHT_TYPES, WeightFiles
 from lit_interns1.checkpoints.huggingface.layouts import Layout
 from lit_interns1.checkpoints.huggingface.rules import Piece, Spelling, pieces
@@ -65,63 +65,123 @@ def plan_weights(model: nn.Module, files: WeightFiles, layout: Layout) -> Weight
     Raises:
         WeightsError: With a table of all that does not fit.
     """
-    problems: list[Problem] = []
-    claimed: set[str] = set()
-    chosen: list[tuple[str, tuple[int, ...], Spelling | None, list[Spelling]]] = []
-    turned: Counter[bool] = Counter()
-    for name, (tensor, names) in saved_tensors(model).items():
-        shape = tuple(tensor.shape)
-        groups = [rule_spellings(layout, one) for one in names]
-        if not any(groups):
-            problems.append(Problem("missing", name, f"{shape}: files of the layout {layout.name} do not hold it"))
-            continue
-        present = [[s for s in group if _keys(s, shape) & files.tensors.keys()] for group in groups]
-        found = [spelling for group in present for spelling in group]
-        claimed.update(key for spelling in found for key in _keys(spelling, shape))
-        if not found:
-            usual = next(group[0] for group in groups if group)
-            problems += [Problem("missing", key, f"needed by {name} {shape}") for key in _ordered(usual, shape)]
-            continue
-        alternatives = _same_keys(found)
-        if any(len(_same_keys(group)) > 1 for group in present):
-            keys = [alternative[0].keys[0] for alternative in alternatives]
-            problems.append(Problem("duplicate", keys[0], f"{name} is stored also as {', '.join(keys[1:])}"))
-            continue
-        first, *copies = alternatives
-        fitting = [s for s in first if not _misfits(s, shape, files)]
-        if len(first) > 1 and len(fitting) == 1:
-            turned[fitting[0].transposed] += 1
-        known = None if len(fitting) > 1 else (fitting or first)[0]
-        chosen.append((name, shape, known, [copy[0] for copy in copies]))
-
-    sources = []
-    for name, shape, spelling, others in chosen:
-        if spelling is None:  # rows and columns are as many: it lies as the others do
-            spelling = _by_majority(layout, name, turned)
-        if spelling is None:
-            problems.append(Problem("shape", name, f"{shape}: rows and columns cannot be told apart in {layout.name}"))
-            continue
-        for part in (spelling, *others):
-            problems += _misfits(part, shape, files)
-        copied = tuple(piece for copy in others for piece in pieces(copy, shape))
-        sources.append(Source(name, tuple(pieces(spelling, shape)), copied))
-
-    claimed |= _audit_scales(files, claimed, problems)
-    elsewhere: Counter[str] = Counter()
-    for key in sorted(files.tensors.keys() - claimed):
-        pattern = next((pattern for pattern in layout.elsewhere if fnmatchcase(key, pattern)), None)
-        if pattern is not None:
-            elsewhere[pattern] += 1
-        else:
-            stored = files.tensors[key]
-            problems.append(Problem("unexpected", key, f"{stored.shape} {stored.dtype} in {stored.file}"))
-    if problems:
-        counts = Counter(problem.kind for problem in problems)
+    audit = _Audit(files, layout)
+    chosen = [audit.choose(tuple(tensor.shape), names) for tensor, names in saved_tensors(model).values()]
+    sources = [audit.source(choice) for choice in chosen if choice is not None]
+    audit.check_scales()
+    elsewhere = audit.count_elsewhere()
+    if audit.problems:
+        counts = Counter(problem.kind for problem in audit.problems)
         summary = ", ".join(f"{count} {kind}" for kind, count in counts.items())
         raise WeightsError(
-            f"{files.folder} (layout {layout.name}) does not fit the model: {summary}; nothing was read:", problems
+            f"{files.folder} (layout {layout.name}) does not fit the model: {summary}; nothing was read:",
+            audit.problems,
         )
-    return WeightPlan(tuple(sources), dict(elsewhere))
+    return WeightPlan(tuple(source for source in sources if source is not None), elsewhere)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How the files spell a tensor: one spelling, or two with the same keys that both fit; and its copies."""
+
+    name: str
+    shape: tuple[int, ...]
+    spellings: Sequence[Spelling]
+    copies: Sequence[Spelling]
+
+
+class _Audit:
+    """Walks through the tensors of a model and notes what does not fit."""
+
+    def __init__(self, files: WeightFiles, layout: Layout) -> None:
+        self.files, self.layout = files, layout
+        self.problems: list[Problem] = []
+        self._claimed: set[str] = set()
+        self._transposed: Counter[bool] = Counter()
+
+    def _report(self, kind: ProblemKind, key: str, detail: str) -> None:
+        self.problems.append(Problem(kind, key, detail))
+
+    def choose(self, shape: tuple[int, ...], names: Sequence[str]) -> _Choice | None:
+        """Decides by the keys, and where they leave it open by the shapes, how the files spell a tensor."""
+        name = names[0]
+        groups = [group for group in (rule_spellings(self.layout, one) for one in names) if group]
+        if not groups:
+            self._report("missing", name, f"{shape}: files of the layout {self.layout.name} do not hold it")
+            return None
+        keys = {spelling: _keys(spelling, shape) for group in groups for spelling in group}
+        present = [[s for s in group if not self.files.tensors.keys().isdisjoint(keys[s])] for group in groups]
+        found = [spelling for group in present for spelling in group]
+        if not found:
+            for key in keys[groups[0][0]]:
+                self._report("missing", key, f"needed by {name} {shape}")
+            return None
+        self._claimed.update(key for spelling in found for key in keys[spelling])
+        ways = _by_keys(found)
+        if any(len(_by_keys(group)) > 1 for group in present):
+            self._report("duplicate", ways[0][0].keys[0], f"{name} is stored also as {ways[1][0].keys[0]}")
+            return None
+        fitting = [spelling for spelling in ways[0] if not self._misfits(spelling, shape)]
+        if len(ways[0]) > 1 and len(fitting) == 1:
+            self._transposed[fitting[0].transposed] += 1
+        return _Choice(name, shape, fitting or ways[0][:1], [copy[0] for copy in ways[1:]])
+
+    def source(self, choice: _Choice) -> Source | None:
+        """The pieces of a tensor, checked. With as many rows as columns it lies as the others of the files do."""
+        spelling = choice.spellings[0]
+        if len(choice.spellings) > 1:
+            if not self._transposed:
+                detail = f"{choice.shape}: rows and columns cannot be told apart"
+                self._report("shape", choice.name, detail)
+                return None
+            transposed = self._transposed.most_common(1)[0][0]
+            spelling = next(s for s in choice.spellings if s.transposed == transposed)
+        for part in (spelling, *choice.copies):
+            self.problems += self._misfits(part, choice.shape)
+        copies = tuple(piece for copy in choice.copies for piece in pieces(copy, choice.shape))
+        return Source(choice.name, tuple(pieces(spelling, choice.shape)), copies)
+
+    def _misfits(self, spelling: Spelling, shape: tuple[int, ...]) -> list[Problem]:
+        found = []
+        for piece in pieces(spelling, shape):
+            stored = self.files.tensors.get(piece.key)
+            if stored is None:
+                found.append(Problem("missing", piece.key, f"{piece.file_shape} needed"))
+            elif stored.shape != piece.file_shape:
+                found.append(Problem("shape", piece.key, f"{stored.shape} in the file, {piece.file_shape} needed"))
+            elif stored.dtype not in WEIGHT_TYPES:
+                found.append(Problem("type", piece.key, f"{stored.dtype} is not one of {', '.join(WEIGHT_TYPES)}"))
+        return found
+
+    def check_scales(self) -> None:
+        """Every FP8 tensor has scales for its blocks."""
+        tensors, block_shape = self.files.tensors, self.files.block_shape
+        scaled = [key for key in sorted(self._claimed & tensors.keys()) if tensors[key].is_scaled]
+        for key in scaled:
+            shape, scale_key = tensors[key].shape, key + SCALE_SUFFIX
+            scale = tensors.get(scale_key)
+            if len(shape) < 2:
+                self._report("type", key, f"{tensors[key].dtype} of shape {shape} has no blocks")
+            elif scale is None:
+                self._report("missing", scale_key, f"{key} is {tensors[key].dtype} and needs its scales")
+            elif scale.shape != (needed := self.files.scale_shape(shape)):
+                detail = f"{scale.shape} in the file, {needed} needed for blocks of {block_shape}"
+                self._report("shape", scale_key, detail)
+            elif scale.dtype not in SCALE_TYPES:
+                self._report("type", scale_key, f"{scale.dtype} is not one of {', '.join(SCALE_TYPES)}")
+        self._claimed.update(key + SCALE_SUFFIX for key in scaled)
+
+    def count_elsewhere(self) -> dict[str, int]:
+        """Tensors that nobody has claimed, by the pattern of the layout that allows them."""
+        counts: Counter[str] = Counter()
+        for key in sorted(self.files.tensors.keys() - self._claimed):
+            pattern = next((pattern for pattern in self.layout.elsewhere if fnmatchcase(key, pattern)), None)
+            if pattern is not None:
+                counts[pattern] += 1
+            else:
+                stored = self.files.tensors[key]
+                self._report("unexpected", key, f"{stored.shape} {stored.dtype} in {stored.file}")
+        return dict(counts)
 
 
 def rule_spellings(layout: Layout, name: str) -> tuple[Spelling, ...]:
@@ -129,59 +189,14 @@ def rule_spellings(layout: Layout, name: str) -> tuple[Spelling, ...]:
     return next((found for rule in layout.rules if (found := rule.spellings(name)) is not None), ())
 
 
-def _ordered(spelling: Spelling, shape: tuple[int, ...]) -> list[str]:
-    return [piece.key for piece in pieces(spelling, shape)]
+def _keys(spelling: Spelling, shape: tuple[int, ...]) -> dict[str, None]:
+    """In order, and quick to look into."""
+    return {piece.key: None for piece in pieces(spelling, shape)}
 
 
-def _keys(spelling: Spelling, shape: tuple[int, ...]) -> set[str]:
-    return set(_ordered(spelling, shape))
-
-
-def _same_keys(spellings: Sequence[Spelling]) -> list[list[Spelling]]:
+def _by_keys(spellings: Sequence[Spelling]) -> list[list[Spelling]]:
     """Grouped by what they name: the same keys may lie in two ways."""
     groups: dict[tuple[str, ...], list[Spelling]] = {}
     for spelling in spellings:
         groups.setdefault(spelling.keys, []).append(spelling)
     return list(groups.values())
-
-
-def _by_majority(layout: Layout, name: str, turned: Counter[bool]) -> Spelling | None:
-    if not turned:
-        return None
-    transposed = turned.most_common(1)[0][0]
-    return next(s for s in rule_spellings(layout, name) if s.transposed == transposed)
-
-
-def _misfits(spelling: Spelling, shape: tuple[int, ...], files: WeightFiles) -> list[Problem]:
-    problems = []
-    for piece in pieces(spelling, shape):
-        stored = files.tensors.get(piece.key)
-        if stored is None:
-            problems.append(Problem("missing", piece.key, f"{piece.file_shape} needed"))
-        elif stored.shape != piece.file_shape:
-            problems.append(Problem("shape", piece.key, f"{stored.shape} in the file, {piece.file_shape} needed"))
-        elif stored.dtype not in WEIGHT_TYPES:
-            problems.append(Problem("type", piece.key, f"{stored.dtype} is not one of {', '.join(WEIGHT_TYPES)}"))
-    return problems
-
-
-def _audit_scales(files: WeightFiles, keys: Iterable[str], problems: list[Problem]) -> set[str]:
-    """Keys of the scales that belong to the FP8 tensors among `keys`."""
-    scales = set()
-    for key in keys:
-        stored = files.tensors.get(key)
-        if stored is None or not stored.is_scaled:
-            continue
-        scale_key = key + SCALE_SUFFIX
-        scale = files.tensors.get(scale_key)
-        if len(stored.shape) < 2:
-            problems.append(Problem("type", key, f"{stored.dtype} with {len(stored.shape)} dimension has no blocks"))
-        elif scale is None:
-            problems.append(Problem("missing", scale_key, f"{key} is {stored.dtype} and needs its scales"))
-        elif scale.shape != files.scale_shape(stored.shape):
-            needed = f"{files.scale_shape(stored.shape)} needed for blocks of {files.block_shape}"
-            problems.append(Problem("shape", scale_key, f"{scale.shape} in the file, {needed}"))
-        elif scale.dtype not in SCALE_TYPES:
-            problems.append(Problem("type", scale_key, f"{scale.dtype} is not one of {', '.join(SCALE_TYPES)}"))
-        scales.add(scale_key)
-    return scales

@@ -20,6 +20,7 @@ from lit_interns1.models import LanguageModelConfig, MoEConfig, PositionConfig
 _log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 
 DECODER_FIELDS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
@@ -126,13 +127,21 @@ def config_from_pretrained(folder: str | Path) -> LanguageModelConfig:
     return read_pretrained_config(folder).model
 
 
+def end_of_text_ids(folder: str | Path) -> list[int]:
+    """Tokens that end a text, as generation_config.json or else config.json says; empty if neither does."""
+    for name in (GENERATION_CONFIG_FILE, CONFIG_FILE):
+        values = read_json(Path(folder) / name) if (Path(folder) / name).is_file() else {}
+        for part in (values, values.get("text_config") or {}):
+            if (ids := part.get("eos_token_id")) is not None:
+                return list(ids) if isinstance(ids, list) else [int(ids)]
+    return []
+
+
 def read_pretrained_config(folder: str | Path) -> PretrainedConfig:
     """All that config.json says; errors as `config_from_pretrained`."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise WeightsError(
-            f"{folder} is no folder: weights are read from a folder on this machine, so download it first"
-        )
+        raise WeightsError(f"{folder} is no folder of this machine: names of the Hub must be downloaded first")
     path = folder / CONFIG_FILE
     values = read_json(path)
     name = values.get("model_type")

@@ -67,12 +67,13 @@ def load_pretrained_weights(
         check_same_network(pretrained, config, folder)
     files = WeightFiles(Path(folder), pretrained.block_shape)
     plan = plan_weights(model, files, pretrained.layout)
+    tensors = saved_tensors(model)
     for source in plan.sources:
-        _check_copies(source, _window(saved_tensors(model)[source.name][0]), files)
+        _check_copies(source, _window(tensors[source.name][0]), files)
     allocate(model, device)
-    tensors = {name: tensor for name, (tensor, _) in saved_tensors(model).items()}
+    tensors = saved_tensors(model)
     for source in plan.sources:
-        _fill(tensors[source.name], source, files)
+        _fill(tensors[source.name][0], source, files)
     loaded = LoadedWeights(len(plan.sources), files.bytes_read, plan.elsewhere)
     if not dist.is_initialized() or dist.get_rank() == 0:
         for pattern, count in plan.elsewhere.items():
