@@ -220,6 +220,31 @@ def several_loaders(rank, world):
     return model.trained, again.trained
 
 
+def use_again(rank, world):
+    """The same object for training and for evaluation; attributes; loaders that are equal anyway."""
+    from lightning.pytorch.trainer.states import RunningStage
+    from lightning.pytorch.utilities import CombinedLoader
+
+    from lit_interns1.strategies.equal_steps import equal_steps
+
+    plain = loader("sized", [batch(rank, n) for n in range(2 + rank)])
+    combined = CombinedLoader(plain, "min_size")
+    model = module()
+    make_trainer(rank, world).fit(model, combined)
+    make_trainer(rank, world).validate(model, combined, verbose=False)
+    wrapped = combined.flattened[0]
+    wrapped.worker_init_fn = print
+    assert plain.worker_init_fn is print
+    assert wrapped.dataset is plain.dataset
+    assert not hasattr(wrapped, "state_dict")
+    assert len(wrapped) == 3
+    plain.equal_on_all_ranks = rank == 0
+    assert equal_steps(plain, RunningStage.TRAINING) is not plain
+    plain.equal_on_all_ranks = True
+    assert equal_steps(plain, RunningStage.TRAINING) is plain
+    return model.evaluated
+
+
 # -- four ranks, resuming ----------------------------------------------------------------------------------------------
 
 
@@ -392,6 +417,7 @@ def on_two_ranks(rank, world):
     return {
         "training": train_all(rank, world),
         "side by side": several_loaders(rank, world),
+        "again": use_again(rank, world),
         "evaluation": evaluate(rank, world),
         "writer": predict_samples(rank, world),
         "stopped": stop(rank, world),
@@ -410,6 +436,12 @@ def test_loaders_side_by_side(two_ranks):
         trained, again = result["side by side"]
         assert trained == [[[rank, n % 2], [10 + rank, n]] for n in range(4)] * 2  # 2 and 4 batches on every rank
         assert again == [[[rank, n], [10 + rank, n]] for n in range(2)]
+
+
+def test_a_loader_that_was_trained_with_is_evaluated_to_its_end(two_ranks):
+    assert [result["again"] for result in two_ranks] == [
+        [[0, rank, n] for n in numbers] for rank, numbers in enumerate(([0, 1, 1], [0, 1, 2]))
+    ]
 
 
 def test_prediction_writers_get_the_indices_of_repeated_batches(two_ranks):

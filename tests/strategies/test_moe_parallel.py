@@ -86,7 +86,7 @@ CASES = {
         ({"expert_parallel_size": 2}, *SGD_CLIPPED),
         ({"expert_parallel_size": 2}, "adamw", {}, 1, None),
         ({"expert_parallel_size": 2}, "sgd", {}, 2, None),
-        ({"expert_parallel_size": 2}, "sgd", {"activation_checkpointing": "block"}, 1, None),
+        ({"expert_parallel_size": 2, "activation_checkpointing": True}, "sgd", {}, 1, None),
         ({"expert_parallel_size": 2}, "sgd", {"moe": {"router": "sigmoid"}, "tie_word_embeddings": True}, 1, None),
         ({"expert_parallel_size": 2}, "sgd", {"moe": GROUPED}, 1, None),
         ({"expert_parallel_size": 2, "compute_dtype": "bfloat16"}, "sgd", {"moe": GROUPED}, 1, 0.05),
@@ -214,7 +214,10 @@ def train_foreign(rank, world, strategy, accumulation):
     return {name: whole(p) for name, p in module.named_parameters()}
 
 
-@pytest.mark.parametrize(("sizes", "accumulation"), [({"expert_parallel_size": 2}, 1), ({"replicate_size": 2}, 2)])
+@pytest.mark.parametrize(
+    ("sizes", "accumulation"),
+    [({"expert_parallel_size": 2, "activation_checkpointing": True}, 1), ({"replicate_size": 2}, 2)],
+)
 def test_a_module_that_returns_a_mean_keeps_its_meaning(sizes, accumulation):
     expected = run_ranks(train_foreign, 1, None, accumulation)[0]
     for ours in run_ranks(train_foreign, 2, sizes, accumulation):

@@ -139,6 +139,7 @@ class LanguageModel(nn.Module):
             initializer_std=config.initializer_range,
             logits_dtype=torch.float32 if config.head_dtype == "float32" else None,
         )  # fmt: skip
+        self.recomputes_blocks = config.activation_checkpointing == "block"
         self.tie_weights()
 
     @staticmethod
@@ -183,7 +184,11 @@ class LanguageModel(nn.Module):
             float32.append(head)
         first = [self.embed_tokens, head] if tied else [self.embed_tokens]
         last = [self.norm] if tied or head in float32 else [self.norm, head]
-        return ParallelPlan([first, *self.layers, last], self.moe_layers, float32)
+        return ParallelPlan([first, *self.layers, last], self.moe_layers, float32, recompute=self.recompute_blocks)
+
+    def recompute_blocks(self) -> None:
+        """Recomputes every block in backward from now on, whatever the config says."""
+        self.recomputes_blocks = True
 
     def forward(
         self,
@@ -257,7 +262,7 @@ class LanguageModel(nn.Module):
         replay = RoutingRecord(routed_experts_TLK) if routed_experts_TLK is not None else None
         if replay is not None and replay.num_layers != self.config.num_moe_layers:
             raise ValueError(f"routing of {replay.num_layers} layers for {self.config.num_moe_layers} MoE layers")
-        recompute = self.config.activation_checkpointing == "block" and torch.is_grad_enabled()
+        recompute = self.recomputes_blocks and torch.is_grad_enabled()
         record = RoutingRecord() if record_routing or recompute else None
         stats: list[RouterStats] = []
         for block in self.layers:

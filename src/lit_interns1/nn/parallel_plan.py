@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import nn
@@ -33,11 +33,15 @@ class ParallelPlan:
             one unit (parts that share a weight must be). What belongs to no unit belongs to the model's own.
         expert_layers: Sparse layers.
         float32: Modules that compute in float32 when the rest does not, such as routers. Each becomes a unit.
+        checkpointed: Modules that are recomputed in backward, if that is asked for.
+        recompute: Instead of these, the model's own way to switch that on.
     """
 
     units: Sequence[nn.Module | Sequence[nn.Module]]
     expert_layers: Sequence[nn.Module] = ()
-    float32: Sequence[nn.Module] = field(default=())
+    float32: Sequence[nn.Module] = ()
+    checkpointed: Sequence[nn.Module] = ()
+    recompute: Callable[[], None] | None = None
 
 
 @runtime_checkable
@@ -57,4 +61,4 @@ def default_plan(model: nn.Module) -> ParallelPlan:
         if isinstance(module, nn.ModuleList) and not inside:
             units += [entry for entry in module if any(True for _ in entry.parameters())]
     experts = [m for m in model.modules() if isinstance(m, nn.Module) and isinstance(m, ExpertLayer)]
-    return ParallelPlan(units, experts)
+    return ParallelPlan(units, experts, checkpointed=units)

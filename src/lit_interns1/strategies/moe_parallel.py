@@ -50,6 +50,7 @@ from lit_interns1.strategies import gradients
 from lit_interns1.strategies.equal_steps import equal_steps
 from lit_interns1.strategies.parallel_dims import ParallelDims
 from lit_interns1.strategies.parallelize import DispatcherName, Precision, fsdp_modules, parallelize
+from lit_interns1.strategies.recompute import recompute_in_backward
 from lit_interns1.strategies.summary import layout_summary
 from lit_interns1.training import LossWindow, all_reduce_sum
 
@@ -71,6 +72,8 @@ class MoEParallelStrategy(ModelParallelStrategy):
             With it leave `Trainer(precision=...)` at "32-true".
         reduce_dtype: Type in which gradients are summed over ranks.
         reshard_after_forward: Give gathered parameters back after forward (less memory, more communication).
+        activation_checkpointing: Recompute blocks in backward, with the experts that were chosen: the modules that a
+            plan names, or the entries of `nn.ModuleList`s where there is no plan.
         dispatcher: How tokens travel to experts on other ranks. "static" for grouped routers with whole groups on each
             rank: no sizes are exchanged; "exact" for any router; "auto": static where it can be, else exact; "deepep":
             DeepEP's kernels, which need its package and GPUs.
@@ -101,6 +104,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         reduce_dtype: Literal["float32", "bfloat16"] | None = "float32",
         reshard_after_forward: bool = True,
+        activation_checkpointing: bool = False,
         dispatcher: DispatcherName = "auto",
         gradient_norm_type: float = 2.0,
         save_distributed_checkpoint: bool = True,
@@ -120,6 +124,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
             _DTYPES[compute_dtype] if compute_dtype else None, _DTYPES[reduce_dtype] if reduce_dtype else None
         )
         self.dispatcher: DispatcherName = dispatcher
+        self.activation_checkpointing = activation_checkpointing
         self.reshard_after_forward, self.gradient_norm_type = reshard_after_forward, gradient_norm_type
         self._window = LossWindow()
         self._uses_sums = False
@@ -179,6 +184,8 @@ class MoEParallelStrategy(ModelParallelStrategy):
             for tensor in [*module.parameters(), *module.buffers()]:
                 torch.distributed.broadcast(tensor.detach(), src=0)
         for model, plan in roots(module):
+            if self.activation_checkpointing:
+                recompute_in_backward(model, plan)
             parallelize(
                 model, plan, self.meshes, self.dims, self.precision, self.reshard_after_forward, self.dispatcher
             )
