@@ -138,13 +138,8 @@ def make_trainer(rank, world, **options):
         torch.set_num_threads(1)
         environment(rank, world)
         from lit_interns1.strategies import MoEParallelStrategy
-        from lit_interns1.strategies.equal_steps import equal_steps
 
-        class Strategy(MoEParallelStrategy):
-            def process_dataloader(self, dataloader):
-                return equal_steps(dataloader, self.lightning_module.trainer.state.stage)
-
-        options |= {"strategy": Strategy(expert_parallel_size=2), "plugins": [TorchElasticEnvironment()]}
+        options |= {"strategy": MoEParallelStrategy(expert_parallel_size=2), "plugins": [TorchElasticEnvironment()]}
     defaults = {"max_epochs": 1, "use_distributed_sampler": False, "num_sanity_val_steps": 0}
     return L.Trainer(
         accelerator="cpu", devices=world, logger=False, enable_checkpointing=False, enable_progress_bar=False,
