@@ -350,6 +350,9 @@ def stop(rank, world):
         with pytest.raises((RuntimeError, ValueError)) as caught:
             getattr(make_trainer(rank, world), function)(module(), loader(kinds[rank], batches))
         messages.append(f"{caught.type.__name__}: {caught.value}")
+    trainer = make_trainer(rank, world, val_check_interval="00:00:01:00", check_val_every_n_epoch=None)
+    with pytest.raises(ValueError, match="as a time is not possible on several ranks"):
+        trainer.fit(module(), loader("sized", [batch(rank, 0)]), loader("sized", [batch(rank, 0)]))
     return messages
 
 

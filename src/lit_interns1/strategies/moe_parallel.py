@@ -163,6 +163,11 @@ class MoEParallelStrategy(ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         assert self.accelerator is not None
+        if self.world_size > 1 and getattr(trainer, "_val_check_time_interval", None) is not None:
+            raise ValueError(
+                "Trainer(val_check_interval=...) as a time is not possible on several ranks: their clocks differ, and "
+                "one would validate while others train; give it as a number of batches"
+            )
         self.accelerator.setup(trainer)
         if not any(isinstance(part, FSDPModule) for part in module.modules()):
             self._shard(module)
