@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from lit_interns1.laws.transforms import Floats, Transform
 
 Function = Callable[[Floats, Floats], Floats]
-"""f(θ (P, R, 1), x) → (R, N): `low, high = theta` gives columns that broadcast over the points."""
+"""f(θ (P, R, 1), x (1 or R, N)) → (R, N): `low, high = theta` gives columns that broadcast over the points."""
 
 
 def percentile_interval(samples: ArrayLike, level: float = 0.95) -> Floats:
@@ -62,7 +62,7 @@ class CurveFitter:
         """The best fit from several starting points.
 
         Args:
-            x: (N,) or whatever `function` takes.
+            x: (N,) where the points are.
             y: (N,) values.
             starts: (S, P) or (P,) starting points; those that break a constraint are left out.
             weights: (N,) not negative, such as 1/σ²; zero leaves a point out.
@@ -90,7 +90,7 @@ class CurveFitter:
         """R fits at once, each the best from the common starting points.
 
         Args:
-            x: As in `fit`, common to all.
+            x: (R, N) or (N,).
             y: (R, N) or (N,).
             starts: (S, P) or (P,).
             weights: (R, N) or (N,).
@@ -98,17 +98,12 @@ class CurveFitter:
         Returns:
             θ (R, P) and cost (R,); NaN and infinite where no start was feasible.
         """
-        x_N = np.asarray(x, dtype=np.float64)
-        y_RN, weight_RN = np.broadcast_arrays(
-            np.atleast_2d(y), np.ones(1) if weights is None else np.atleast_2d(weights)
-        )
+        given = (x, y, 1.0 if weights is None else weights)
+        arrays = np.broadcast_arrays(*(np.atleast_2d(np.asarray(array, dtype=np.float64)) for array in given))
         free_SP = self._free(starts)
-        num_problems, num_starts = len(y_RN), len(free_SP)
+        num_problems, num_starts = len(arrays[0]), len(free_SP)
         u_QP, cost_Q, _ = self._minimise(
-            np.tile(free_SP, (num_problems, 1)),
-            x_N,
-            np.repeat(y_RN.astype(np.float64), num_starts, axis=0),
-            np.repeat(weight_RN.astype(np.float64), num_starts, axis=0),
+            np.tile(free_SP, (num_problems, 1)), *(np.repeat(array, num_starts, axis=0) for array in arrays)
         )
         cost_RS = cost_Q.reshape(num_problems, num_starts)
         best_R = cost_RS.argmin(axis=1)
@@ -120,18 +115,19 @@ class CurveFitter:
 
     # --- the method ----------------------------------------------------------------------------------------------
 
-    def evaluate(self, u_RP: Floats, x_N: Floats) -> Floats:
-        """f in free parameters, (R, N)."""
+    def evaluate(self, u_RP: Floats, x_RN: Floats) -> Floats:
+        """f in free parameters, (R, N); x may also be (N,)."""
         with np.errstate(all="ignore"):
-            return self.function(self.parameters.constrained(u_RP).T[:, :, None], x_N)
+            return self.function(self.parameters.constrained(u_RP).T[:, :, None], np.atleast_2d(x_RN))
 
-    def jacobian(self, u_RP: Floats, x_N: Floats) -> Floats:
+    def jacobian(self, u_RP: Floats, x_RN: Floats) -> Floats:
         """∂f/∂u by central differences, (R, N, P)."""
         num_problems, size = u_RP.shape
         step_RP = np.cbrt(np.finfo(np.float64).eps) * np.maximum(1.0, np.abs(u_RP))
         shift_RPP = step_RP[:, :, None] * np.eye(size)
-        both = np.stack([u_RP[:, None] + shift_RPP, u_RP[:, None] - shift_RPP])
-        value = self.evaluate(both.reshape(-1, size), x_N).reshape(2, num_problems, size, -1)
+        both = np.stack([u_RP[:, None] + shift_RPP, u_RP[:, None] - shift_RPP]).reshape(-1, size)
+        x_QN = x_RN if x_RN.ndim == 1 else np.tile(np.repeat(x_RN, size, axis=0), (2, 1))
+        value = self.evaluate(both, x_QN).reshape(2, num_problems, size, -1)
         return np.swapaxes((value[0] - value[1]) / (2 * step_RP[:, :, None]), 1, 2)
 
     def _free(self, starts: ArrayLike) -> Floats:
@@ -157,13 +153,12 @@ class CurveFitter:
         return self.huber / np.maximum(np.abs(residual), self.huber)
 
     def _minimise(
-        self, u_RP: Floats, x_N: Floats, y_RN: Floats, weight_RN: Floats
+        self, u_RP: Floats, x_RN: Floats, y_RN: Floats, weight_RN: Floats
     ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
         u_RP = u_RP.copy()
         num_problems, size = u_RP.shape
-        y_RN = np.broadcast_to(y_RN, (num_problems, y_RN.shape[1]))
-        weight_RN = np.broadcast_to(weight_RN, y_RN.shape)
-        residual_RN = y_RN - self.evaluate(u_RP, x_N)
+        x_RN, y_RN, weight_RN = (np.broadcast_to(a, (num_problems, y_RN.shape[-1])) for a in (x_RN, y_RN, weight_RN))
+        residual_RN = y_RN - self.evaluate(u_RP, x_RN)
         cost_R = self._cost(residual_RN, weight_RN)
         slope_RP, curvature_RPP = np.zeros((num_problems, size)), np.zeros((num_problems, size, size))
         damping_R = np.full(num_problems, 1e-3)
@@ -172,7 +167,7 @@ class CurveFitter:
         for _ in range(self.max_iterations):
             rows = np.flatnonzero(active_R & moved_R)
             if rows.size:
-                jacobian = self.jacobian(u_RP[rows], x_N)
+                jacobian = self.jacobian(u_RP[rows], x_RN[rows])
                 weight = weight_RN[rows] * self.robust_weight(residual_RN[rows])
                 used = (weight > 0)[:, :, None]
                 scaled = np.where(used, jacobian * weight[:, :, None], 0.0)
@@ -184,12 +179,12 @@ class CurveFitter:
             if not rows.size:
                 break
             diagonal = np.einsum("rpp->rp", curvature_RPP[rows])
-            floor = np.maximum(1e-12 * diagonal.max(axis=1, keepdims=True), 1e-300)
+            floor = np.maximum(1e-12 * diagonal.max(axis=1, keepdims=True), 1e-200)
             damped = curvature_RPP[rows].copy()
             np.einsum("rpp->rp", damped)[...] += damping_R[rows, None] * np.maximum(diagonal, floor)
             step = np.clip(np.linalg.solve(damped, slope_RP[rows][..., None])[..., 0], -5.0, 5.0)
             trial = u_RP[rows] + step
-            residual = y_RN[rows] - self.evaluate(trial, x_N)
+            residual = y_RN[rows] - self.evaluate(trial, x_RN[rows])
             cost = self._cost(residual, weight_RN[rows])
             better = cost < cost_R[rows]
             small = (np.abs(step) <= 1e-10 * (1 + np.abs(trial))).all(axis=1)
@@ -198,7 +193,7 @@ class CurveFitter:
             u_RP[accepted], residual_RN[accepted], cost_R[accepted] = trial[better], residual[better], cost[better]
             moved_R[rows] = better
             damping_R[rows] *= np.where(better, 0.2, 6.0)
-            damping_R[rows] = np.maximum(damping_R[rows], 1e-15)
+            damping_R[rows] = np.maximum(damping_R[rows], 1e-12)
             done = small | (damping_R[rows] > 1e12) | (better & (gain <= 1e-15 * cost))
             converged_R[rows[done]] = True
             active_R[rows[done]] = False
