@@ -1,7 +1,8 @@
 """Curve fits over small arrays, in float64 and without Lightning: plain arrays in, laws with their errors out.
 
 One fitter (`fitter`, `linear`) serves all: the power law of the loss (`power_law`), the learning rate
-(`learning_rate`), the batch size (`batch_size`, `batch_size_table`, `loss_curves`; older accounts in `critical_batch`).
+(`learning_rate`), the batch size (`batch_size`, `batch_size_table`, `loss_curves`; older accounts in `critical_batch`)
+and token weights that predict benchmarks (`salience`, `token_losses`, `salience_file`).
 """
 
 from lit_interns1.laws.batch_size import BatchSizeCurve, BatchSizeFit, fit_batch_size_curve
@@ -34,12 +35,17 @@ from lit_interns1.laws.learning_rate import (
 from lit_interns1.laws.linear import LinearFit, linear_fit
 from lit_interns1.laws.loss_curves import LossCurve, crossings, smooth_loss
 from lit_interns1.laws.power_law import PowerLaw, fit_power_law
+from lit_interns1.laws.salience import CapabilitySalience, SalienceFit, fit_salience
+from lit_interns1.laws.salience_file import SalienceFile, SalienceFileError, load_salience
+from lit_interns1.laws.salience_scores import ScoreMetrics, ScoreScale, mean_loss_baseline, score_metrics
+from lit_interns1.laws.token_losses import TokenLosses
 
 __all__ = [
-    "BatchSizeCurve", "BatchSizeFit", "BatchSizeRow", "BatchSizeSchedule", "BatchSizeTable", "CurveFit", "CurveFitter",
-    "Hyperbola", "LinearFit", "LossCurve", "NoiseScale", "NoiseScaleAverage", "PowerLaw", "RateExtrapolation",
-    "RateLaw", "RateParabola", "RatePrediction", "crossings", "extrapolate_best_rate", "fit_batch_size_curve",
-    "fit_batch_size_schedule", "fit_batch_size_table", "fit_hyperbola", "fit_power_law", "fit_rate_law",
-    "fit_rate_parabola", "kaplan_critical_batch", "linear_fit", "noise_scale", "percentile_interval",
-    "published_rate_law", "smooth_loss",
+    "BatchSizeCurve", "BatchSizeFit", "BatchSizeRow", "BatchSizeSchedule", "BatchSizeTable", "CapabilitySalience",
+    "CurveFit", "CurveFitter", "Hyperbola", "LinearFit", "LossCurve", "NoiseScale", "NoiseScaleAverage", "PowerLaw",
+    "RateExtrapolation", "RateLaw", "RateParabola", "RatePrediction", "SalienceFile", "SalienceFileError",
+    "SalienceFit", "ScoreMetrics", "ScoreScale", "TokenLosses", "crossings", "extrapolate_best_rate",
+    "fit_batch_size_curve", "fit_batch_size_schedule", "fit_batch_size_table", "fit_hyperbola", "fit_power_law",
+    "fit_rate_law", "fit_rate_parabola", "fit_salience", "kaplan_critical_batch", "linear_fit", "mean_loss_baseline",
+    "noise_scale", "percentile_interval", "published_rate_law", "load_salience", "score_metrics", "smooth_loss",
 ]  # fmt: skip

@@ -258,7 +258,7 @@ def _fitter(continuity: Continuity, huber: float | None) -> CurveFitter:
 
 
 class _Constraints(Transform):
-    """0 < S_min < S_1 < S_opt (< S_2); E_min, C, B_{−1}, A_0 > 0; 0 < A_1 < B_opt. A_0 > 0 limits C (c1) or A_1 (c0)."""
+    """0 < S_min < S_1 < S_opt (< S_2); E_min, C, B_{−1}, A_0 > 0; 0 < A_1 < B_opt; A_0 > 0 limits C (c1), A_1 (c0)."""
 
     def __init__(self, continuity: Continuity) -> None:
         self.continuity = continuity
