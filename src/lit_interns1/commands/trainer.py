@@ -224,8 +224,10 @@ class KitCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except (ValueError, OSError) as error:
             started = self.trainer.fit_loop.epoch_loop.total_batch_idx >= 0
-            if started or self.trainer.global_rank != 0 or "LIT_INTERNS1_TRACEBACK" in os.environ:
+            if started or "LIT_INTERNS1_TRACEBACK" in os.environ:
                 raise
+            if self.trainer.global_rank != 0:
+                fail(f"rank {self.trainer.global_rank}: {innermost(error)}")
             if wandb.run is not None:
                 wandb.finish(exit_code=1)
             if subcommand == "fit" and self._run_dir_is_new:
