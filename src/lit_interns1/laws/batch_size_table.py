@@ -152,8 +152,8 @@ def fit_batch_size_table(
         batches: (B,) tokens per step of each run, all different, B ≥ 3.
         tokens: Consumed tokens of each run's logged points.
         losses: Losses at these points, nats per token.
-        targets: Target losses; by default `num_targets` even ones inside what all runs went through above and at least
-            three runs reached below.
+        targets: Target losses; by default `num_targets` between what all runs went through above and at least three
+            runs reached below, evenly spaced over the last tenfold of tokens (in ln D) of the third of these.
         num_targets: See `targets`.
         continuity: See `fit_batch_size_curve`.
         width: See `smooth_loss`.
@@ -185,7 +185,7 @@ def fit_batch_size_table(
             raise ValueError(
                 f"no loss is common to three runs: all start below {highest:.4g} or end above {lowest:.4g}"
             )
-        target_losses = np.linspace(highest, lowest, num_targets + 2)[1:-1]
+        target_losses = _targets(sorted(curves, key=lambda curve: curve.range[1])[2], highest, num_targets)
     else:
         target_losses = np.sort(np.atleast_1d(np.asarray(targets, dtype=np.float64)))[::-1]
         outside = target_losses[(target_losses > highest) | (target_losses < lowest)]
@@ -226,6 +226,14 @@ def fit_batch_size_table(
             )
         )
     return BatchSizeTable(tuple(rows), tuple(map(float, batches_B)), tuple(curves), tuple(fits))
+
+
+def _targets(curve: LossCurve, highest: float, num_targets: int) -> Floats:
+    falling_G = np.minimum.accumulate(curve.loss_G)
+    first = curve.log_tokens_G[int((falling_G < highest).argmax())]
+    last = curve.log_tokens_G[-1]
+    at = np.linspace(max(first, last - np.log(10)), last, num_targets + 2)[1:-1]
+    return np.unique(np.interp(at, curve.log_tokens_G, falling_G))[::-1]
 
 
 @dataclass(frozen=True)
