@@ -17,6 +17,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Commands of our own: where they are, and what they do."""
 
+PAGE_COMMANDS: dict[str, tuple[str, str]] = {
+    "report": ("lit_interns1.commands.report", "one HTML page about a run, from its local logs"),
+    "dashboard": ("lit_interns1.commands.dashboard", "the matching W&B workspace, as a file or uploaded"),
+}
+"""Commands that parse their arguments themselves, with `run`: their first ones have no name."""
+
 TRAINER_COMMANDS: dict[str, str] = {
     "fit": "train a model",
     "validate": "evaluate on the validation data",
@@ -28,7 +34,7 @@ TRAINER_COMMANDS: dict[str, str] = {
 def usage() -> str:
     """The overview that `lit-interns1 --help` prints."""
     rows = list(TRAINER_COMMANDS.items())
-    rows += [(name, text) for name, (_, text) in COMMANDS.items()]
+    rows += [(name, text) for name, (_, text) in (COMMANDS | PAGE_COMMANDS).items()]
     width = max(len(name) for name, _ in rows)
     listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
     return (
@@ -65,6 +71,8 @@ def main(args: Sequence[str] | None = None) -> None:
         module, function = COMMANDS[command][0].split(":")
         action = getattr(import_module(module), function)
         auto_cli(action, args=rest, as_positional=False, prog=f"lit-interns1 {command}")
+    elif command in PAGE_COMMANDS:
+        import_module(PAGE_COMMANDS[command][0]).run(rest)
     elif command in TRAINER_COMMANDS:
         if "-h" in rest or "--help" in rest:
             print("loading PyTorch and Lightning …", file=sys.stderr, flush=True)
@@ -72,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> None:
     else:
         from difflib import get_close_matches
 
-        near = get_close_matches(command, [*COMMANDS, *TRAINER_COMMANDS], n=1)
+        near = get_close_matches(command, [*COMMANDS, *PAGE_COMMANDS, *TRAINER_COMMANDS], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"lit-interns1: unknown command {command!r}{hint}\n\n{usage()}", file=sys.stderr)
         raise SystemExit(2)

@@ -7,6 +7,7 @@ from lit_interns1.reports.figures import (
     save_figure,
     throughput_figure,
 )
+from lit_interns1.reports.html_report import write_report
 from lit_interns1.reports.pictures import draw_pictures
 from lit_interns1.reports.run_directory import ExpertLoad, MetricSeries, RunDirectory, RunDirectoryError
 
@@ -21,4 +22,5 @@ __all__ = [
     "loss_figure",
     "save_figure",
     "throughput_figure",
+    "write_report",
 ]

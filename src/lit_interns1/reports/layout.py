@@ -1,0 +1,164 @@
+"""Which logged keys belong together: the sections and charts that the HTML page and the W&B dashboard share.
+
+A key is written as in the table of keys: `val/loss/{source}` stands for every `val/loss/...`. Keys that no chart names
+join the section of their prefix by themselves, keys of three parts by their last one: `router/layer_0/load_std` and
+`router/layer_1/load_std` are two curves of one chart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_STATISTIC = re.compile(r"(.+)_(mean|max|min|std)$")
+_NOT_DRAWN = {"epoch", "step", "train/tokens", "trainer/global_step"}
+"""Axes, not curves."""
+
+
+def key_regex(pattern: str) -> str:
+    """The regular expression of a documented key; a name in braces is one part of the key.
+
+    Args:
+        pattern: For example `val/loss/{source}`.
+
+    Returns:
+        For example `^val/loss/([^/]+)$`.
+    """
+    pieces = _PLACEHOLDER.split(pattern)
+    return "^" + "".join("([^/]+)" if index % 2 else re.escape(piece) for index, piece in enumerate(pieces)) + "$"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart.
+
+    Args:
+        title: What stands above.
+        keys: Documented keys of its curves.
+        unit: Unit of all of them; empty = a number without unit.
+    """
+
+    title: str
+    keys: tuple[str, ...]
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Charts under one heading.
+
+    Args:
+        title: The heading.
+        prefixes: First parts of the keys that belong here.
+        charts: In the order of reading.
+    """
+
+    title: str
+    prefixes: tuple[str, ...]
+    charts: tuple[Chart, ...] = ()
+
+
+SECTIONS: tuple[Section, ...] = (
+    Section(
+        "Loss",
+        ("train", "val", "test"),
+        (
+            Chart("Loss", ("train/loss", "val/loss"), "nats per token"),
+            Chart("Validation loss by source", ("val/loss/{source}",), "nats per token"),
+            Chart("Balance loss", ("train/balance",)),
+            Chart("Router z loss", ("train/router_z",), "nats²"),
+        ),
+    ),
+    Section("Capability salience", ("salience",)),
+    Section(
+        "Optimizer",
+        ("optim",),
+        (Chart("Learning rate", ("optim/lr",)), Chart("Gradient norm", ("optim/grad_norm",))),
+    ),
+    Section("Batch size", ("batch",)),
+    Section("Learning-rate search", ("lr_search",)),
+    Section("Router", ("router",), (Chart("Imbalance (MaxVio)", ("router/max_violation",)),)),
+    Section("Stability", ("stability",)),
+    Section(
+        "Throughput",
+        ("throughput",),
+        (
+            Chart("Tokens per second", ("throughput/tokens_per_second",), "tokens/s"),
+            Chart("Time of an optimizer step", ("throughput/step_seconds",), "s"),
+            Chart("Share of the peak (MFU)", ("throughput/mfu",)),
+        ),
+    ),
+)
+"""What is drawn, in the order of reading."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A chart of one run: which of its keys are drawn.
+
+    Attributes:
+        title: What stands above.
+        unit: Unit of the values.
+        keys: Key by name of the curve, in the order of drawing.
+    """
+
+    title: str
+    unit: str = ""
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def arrange(names: Iterable[str]) -> list[tuple[str, list[Curves]]]:
+    """Places logged keys: each in the first chart that names it, else in the section of its prefix.
+
+    Args:
+        names: Keys that a run logged.
+
+    Returns:
+        Sections with at least one chart, as title and charts; a section for every unknown prefix behind the known ones.
+    """
+    left = sorted(set(names) - _NOT_DRAWN, key=_natural)
+    placed: dict[str, list[Curves]] = {section.title: [] for section in SECTIONS}
+    for section in SECTIONS:
+        for chart in section.charts:
+            keys: dict[str, str] = {}
+            for pattern in chart.keys:
+                matches = {name: re.match(key_regex(pattern), name) for name in left}
+                keys |= {_curve_name(match, name): name for name, match in matches.items() if match}
+            left = [name for name in left if name not in keys.values()]
+            if keys:
+                placed[section.title].append(Curves(chart.title, chart.unit, keys))
+    home = {prefix: section.title for section in SECTIONS for prefix in section.prefixes}
+    families: dict[tuple[str, str], Curves] = {}
+    for name in left:
+        prefix, title, curve = _family(name)
+        section_title = home.get(prefix, prefix)
+        families.setdefault((section_title, title), Curves(title)).keys[curve] = name
+    for (section_title, _), curves in families.items():
+        placed.setdefault(section_title, []).append(curves)
+    return [(title, charts) for title, charts in placed.items() if charts]
+
+
+def _curve_name(match: re.Match[str], name: str) -> str:
+    """What the braces stand for; of a key without braces, what lies before its last part (`train/loss` -> `train`)."""
+    kind = name.rpartition("/")[0] or name
+    return "/".join(match.groups()) or {"val": "validation"}.get(kind, kind)
+
+
+def _family(name: str) -> tuple[str, str, str]:
+    """Section prefix, chart and curve of a key that no chart names."""
+    prefix, *middle, last = name.split("/") if "/" in name else ("", name)
+    prefix, group = prefix or "other", "/".join(middle)
+    statistic = _STATISTIC.match(last)
+    if not group:
+        return prefix, name, last
+    if group == "all" and statistic:
+        return prefix, statistic[1].replace("_", " "), statistic[2]
+    by = " by layer" if re.fullmatch(r"layer_\d+", group) else ""
+    return prefix, last.replace("_", " ") + by, group
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Numbers in a text compare as numbers."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", text)]
