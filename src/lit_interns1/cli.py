@@ -14,6 +14,7 @@ from lit_interns1.commands.process import keep_freed_memory, quiet_waiting_threa
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("lit_interns1.commands.generate:generate_text", "continue a prompt with a checkpoint"),
     "summarize": ("lit_interns1.commands.summarize:summarize", "pictures, samples and baselines of a finished run"),
+    "salience": ("lit_interns1.commands.salience:SUBCOMMANDS", "which validation tokens tell what a model can do"),
 }
 """Commands of our own: where they are, and what they do."""
 
@@ -31,9 +32,13 @@ TRAINER_COMMANDS: dict[str, str] = {
 }
 
 
+PLAN = ("plan", "memory, communication and speed bounds of a run on N ranks, without running it")
+"""Takes the options of `fit`, so it parses them as Lightning's commands do."""
+
+
 def usage() -> str:
     """The overview that `lit-interns1 --help` prints."""
-    rows = list(TRAINER_COMMANDS.items())
+    rows = [*TRAINER_COMMANDS.items(), PLAN]
     rows += [(name, text) for name, (_, text) in (COMMANDS | PAGE_COMMANDS).items()]
     width = max(len(name) for name, _ in rows)
     listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
@@ -77,10 +82,12 @@ def main(args: Sequence[str] | None = None) -> None:
         if "-h" in rest or "--help" in rest:
             print("loading PyTorch and Lightning …", file=sys.stderr, flush=True)
         import_module("lit_interns1.commands.trainer").run(None if args is None else arguments)
+    elif command == PLAN[0]:
+        import_module("lit_interns1.commands.plan").run(rest)
     else:
         from difflib import get_close_matches
 
-        near = get_close_matches(command, [*COMMANDS, *PAGE_COMMANDS, *TRAINER_COMMANDS], n=1)
+        near = get_close_matches(command, [*COMMANDS, *PAGE_COMMANDS, *TRAINER_COMMANDS, PLAN[0]], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"lit-interns1: unknown command {command!r}{hint}\n\n{usage()}", file=sys.stderr)
         raise SystemExit(2)

@@ -13,11 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_interns1.callbacks.token_clock import TokenClock, data_parallel_size, logs_now
 from lit_interns1.models import LanguageModel, flops_per_token
-
-PEAK_BF16_FLOPS: dict[str, float] = {
-    "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "MI300X": 1307e12,
-}  # fmt: skip
-"""Dense bf16 peaks from the vendors' data sheets, by a part of the device's name; the first match counts."""
+from lit_interns1.training.peak_flops import PEAK_BF16_FLOPS
 
 
 def device_peak_flops(device: torch.device) -> float | None:
