@@ -1,5 +1,6 @@
 """Callbacks: one file each; they work with any LightningModule unless their page says otherwise."""
 
+from lit_interns1.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lit_interns1.callbacks.console_progress import ConsoleProgress
 from lit_interns1.callbacks.expert_bias import ExpertBiasUpdate
 from lit_interns1.callbacks.expert_load import ExpertLoadRecorder
@@ -10,6 +11,7 @@ from lit_interns1.callbacks.token_exact_loss import TokenExactLoss
 from lit_interns1.callbacks.token_learning_rate import TokenLearningRate
 
 __all__ = [
+    "BatchSizeScheduler",
     "ConsoleProgress",
     "ExpertBiasUpdate",
     "ExpertLoadRecorder",

@@ -52,6 +52,7 @@ class TokenClock(Callback):
         self.max_tokens, self.counter = max_tokens, counter
         self.state = TokenClockState()
         self._committed_batches = -1
+        self._open_batches = 0
 
     @staticmethod
     def of(trainer: Trainer) -> TokenClock:
@@ -77,7 +78,7 @@ class TokenClock(Callback):
         the same step do nothing."""
         batches = trainer.fit_loop.epoch_loop.total_batch_idx
         if batches != self._committed_batches:
-            self._committed_batches = batches
+            self._committed_batches, self._open_batches = batches, 0
             counts = torch.tensor(self.state.pending, dtype=torch.int64, device=trainer.strategy.root_device)
             if data_parallel_size(trainer) > 1:
                 all_reduce_sum(counts)
@@ -93,6 +94,7 @@ class TokenClock(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Counts the batch."""
+        self._open_batches += 1
         self.state.add(count_tokens(batch, self.counter))
 
     def on_before_optimizer_step(
@@ -119,17 +121,12 @@ class TokenClock(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the counts."""
         self.state.load_state_dict(state_dict)
+        self._open_batches = 0
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Rewinds a checkpoint that was written inside an accumulation window to the start of the window."""
-        loops = checkpoint.get("loops", {}).get("fit_loop")
-        accumulation = trainer.accumulate_grad_batches
-        if loops is None or accumulation == 1:
-            return
-        progress = loops["epoch_loop.batch_progress"]
-        surplus = progress["current"]["processed"] % accumulation
-        last_window = progress["is_last_batch"]  # Lightning ends an epoch with an optimizer step, full window or not
-        if surplus == 0 or last_window:
+        loops, surplus = checkpoint.get("loops", {}).get("fit_loop"), self._open_batches
+        if loops is None or surplus == 0 or not pl_module.automatic_optimization:
             return
         _shift_batches(loops, -surplus)
         data = checkpoint.get(type(getattr(trainer, "datamodule", None)).__qualname__)
@@ -141,8 +138,10 @@ class TokenClock(Callback):
 def _shift_batches(loops: dict[str, Any], by: int) -> None:
     """Moves Lightning's counters of micro-batches to a window's start, where everything before is completed."""
     progress = loops["epoch_loop.batch_progress"]
+    # a checkpoint written after a batch's hooks has `completed` one behind: Lightning expects that as soon as any batch
+    # is done, at the start of a later epoch too, and adds one
+    behind = 1 if progress["total"]["ready"] + by > 0 else 0
     for part in ("current", "total"):
-        done = progress[part]["processed"] + by
-        progress[part] = dict.fromkeys(progress[part], done)
-        # a checkpoint written after a batch's hooks has `completed` one behind: Lightning expects and repairs that
-        progress[part]["completed"] = done - 1 if done > 0 else 0
+        done = progress[part]["ready"] + by
+        progress[part] = {**dict.fromkeys(progress[part], done), "completed": done - behind}
+    progress["is_last_batch"] = False

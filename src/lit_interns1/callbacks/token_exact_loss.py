@@ -29,7 +29,8 @@ class TokenExactLoss(Callback):
     def __init__(self) -> None:
         self._window = LossWindow()
         self._unwrapped: Callable[..., Any] | None = None
-        self._uses_sums = False
+        self.uses_sums = False
+        """Whether the last training step returned a `SummedLoss`."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Puts itself between the strategy and Lightning's loop."""
@@ -43,16 +44,24 @@ class TokenExactLoss(Callback):
         def training_step(*args: Any, **kwargs: Any) -> Any:
             assert self._unwrapped is not None
             output = self._unwrapped(*args, **kwargs)
-            self._uses_sums, output = self._window.take(output, trainer.accumulate_grad_batches)
+            self.uses_sums, output = self._window.take(output, trainer.accumulate_grad_batches)
             return output
 
-        strategy.training_step = training_step
+        optimizer_step = strategy.optimizer_step
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Scales the gradients of the step, before they are clipped."""
-        if not self._uses_sums:
+        def step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+            def scaled() -> Any:
+                result = closure()
+                self._scale(trainer, pl_module, optimizer)
+                return result
+
+            return optimizer_step(optimizer, scaled, *args, **kwargs)
+
+        strategy.training_step, strategy.optimizer_step = training_step, step
+
+    def _scale(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        """Scales the gradients of the step, after backward and before anybody looks at them."""
+        if not self.uses_sums:
             return
         ranks = data_parallel_size(trainer)
         count = self._window.local_count(pl_module.device)
@@ -64,5 +73,6 @@ class TokenExactLoss(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Steps aside."""
         if self._unwrapped is not None:
-            trainer.strategy.__dict__.pop("training_step", None)
+            for name in ("training_step", "optimizer_step"):
+                trainer.strategy.__dict__.pop(name, None)
             self._unwrapped = None

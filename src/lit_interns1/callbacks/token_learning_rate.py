@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -11,6 +13,9 @@ from lit_interns1.optim import TokenSchedule
 
 class TokenLearningRate(Callback):
     """Sets every parameter group's rate to its initial rate × schedule(tokens) before each optimizer step.
+
+    Other callbacks may have a factor of their own, `learning_rate_factor`, which is multiplied in; `BatchSizeScheduler`
+    does.
 
     The tokens of the step itself are included: the first step of a warm-up from zero already moves, and the step that
     reaches the end of the schedule takes the floor. Nothing has to be saved: the rate follows from the clock.
@@ -29,6 +34,8 @@ class TokenLearningRate(Callback):
     ) -> None:
         """Sets the rate."""
         factor = self.schedule(TokenClock.of(trainer).commit(trainer).tokens)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        factor *= math.prod(getattr(callback, "learning_rate_factor", 1.0) for callback in callbacks)
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         if logs_now(trainer):

@@ -202,6 +202,11 @@ class MoEParallelStrategy(ModelParallelStrategy):
 
     # -- losses and gradients ------------------------------------------------------------------------------------------
 
+    @property
+    def uses_sums(self) -> bool:
+        """Whether the last training step returned a `SummedLoss`."""
+        return self._uses_sums
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's step; a `SummedLoss` is taken apart."""
         output = super().training_step(*args, **kwargs)
@@ -234,7 +239,10 @@ class MoEParallelStrategy(ModelParallelStrategy):
         gradients.scale(_gradients(optimizer), factor)
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float | int) -> None:
-        norm = gradients.clip_by_norm(_gradients(optimizer), float(clip_val), self.gradient_norm_type)
+        given = _gradients(optimizer)
+        if not given:  # a callback has taken them away to skip the step
+            return
+        norm = gradients.clip_by_norm(given, float(clip_val), self.gradient_norm_type)
         assert self.lightning_module is not None
         self.lightning_module.log("optim/grad_norm", norm)
 
