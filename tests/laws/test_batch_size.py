@@ -1,5 +1,6 @@
 """E(S) and what follows from it: closed-form values, planted curves, synthetic runs with a known B_opt."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -115,6 +116,18 @@ def test_curves_that_do_not_join_smoothly(continuity):
         assert (fit.curve.s_min, fit.curve.s_1, fit.curve.s_2) == pytest.approx((9e3, 1.25e4, 2.7e4), rel=1e-3)
 
 
+@pytest.mark.parametrize("continuity", ["c1", "c0", "none"])
+def test_fits_of_anything_keep_the_constraints(continuity):
+    rng = np.random.default_rng(3)
+    for _ in range(6):
+        steps, tokens = np.cumprod(rng.uniform(1.1, 2, 12)), np.exp(rng.normal(0, 0.6, 12))
+        tokens[5] = 0.2
+        curve = fit_batch_size_curve(steps, tokens, continuity).curve
+        assert 0 < curve.s_min < curve.s_1 < curve.s_opt < curve.s_2
+        assert min(curve.e_min, curve.c, curve.a_1, curve.a_0, curve.b_m1) > 0
+        assert curve.b_opt > curve.b_min
+
+
 def test_one_wrong_run_does_not_move_the_optimum_far():
     tokens = PLANTED.tokens(MANY_STEPS)
     tokens[9] *= 1.25
@@ -223,10 +236,10 @@ def test_crossings_move_up_in_batch_as_the_loss_falls():
 
 def test_bootstrap_intervals_hold_the_planted_batch():
     inside = total = 0
-    for seed in range(8):
+    for seed in range(6):
         runs = synthetic_runs(0.03, seed)
         table = fit_batch_size_table(
-            BATCHES, [t for t, _ in runs], [y for _, y in runs], targets=[3.5, 3.2, 3.0], bootstrap=40, level=0.9
+            BATCHES, [t for t, _ in runs], [y for _, y in runs], targets=[3.5, 3.0], bootstrap=40, level=0.9
         )
         for row in table.rows:
             low, high = row.b_opt_interval
@@ -244,6 +257,17 @@ def test_table_travels_through_json():
     assert {row.method for row in table.rows} <= {"parabola", "edge"}
     with pytest.raises(ValueError, match="no table of batch sizes"):
         BatchSizeTable.from_dict({"rows": [{"loss": 1.0}]})
+
+
+def test_a_mere_bound_is_no_optimum():
+    runs = synthetic_runs(0.0)
+    table = fit_batch_size_table(BATCHES, [t for t, _ in runs], [y for _, y in runs], targets=[3.6, 3.2], bootstrap=0)
+    bounded = dataclasses.replace(table.rows[0], loss=3.9, b_opt=1.0, b_opt_bound="upper")
+    more = dataclasses.replace(table, rows=(bounded, *table.rows))
+    assert (more.schedule_law().p, more.schedule_law().q) == (table.schedule_law().p, table.schedule_law().q)
+    assert more.batch_for_loss(3.9) == pytest.approx(table.rows[0].b_opt)
+    with pytest.raises(ValueError, match="train smaller or larger ones"):
+        dataclasses.replace(table, rows=(bounded,)).batch_for_loss(3.0)
 
 
 def test_unsuitable_runs_are_named():

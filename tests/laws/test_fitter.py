@@ -89,6 +89,9 @@ def test_several_starts_find_the_global_minimum():
     fit = fitter.fit(x, np.sin(3 * x), [[start] for start in (0.3, 1.0, 2.8, 7.0)])
     assert fit.values["frequency"] == pytest.approx(3, rel=1e-9)
     assert fit.converged
+    again, cost = fitter.refit(x, np.stack([np.sin(3 * x), np.sin(x)]), [[start] for start in (0.3, 1.0, 2.8, 7.0)])
+    np.testing.assert_allclose(again[:, 0], [3, 1], rtol=1e-9)
+    assert cost.max() < 1e-15
 
 
 def test_refit_equals_fits_one_by_one():

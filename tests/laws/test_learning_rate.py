@@ -128,11 +128,11 @@ def test_extrapolation_follows_each_rate_and_leaves_out_a_diverged_one():
     tokens, rates = np.geomspace(2e7, 2e8, 5), np.geomspace(2.5e-4, 8e-3, 6)
     exponent, curvature = 0.25, 0.02
     # each rate has its own exact power law; at every D the losses lie on a parabola
-    amplitude = 60 * (1 + curvature * np.log(rates / 1e-3) ** 2)
+    amplitude = 60 * (1 + curvature * np.log(rates / 8e-4) ** 2)
     losses = 2.0 + amplitude[:, None] * tokens**-exponent
     losses[-1] = np.nan
     result = extrapolate_best_rate(tokens, rates, losses, 1e9)
-    assert result.parabola.best_rate == pytest.approx(1e-3, rel=1e-4)
+    assert result.parabola.best_rate == pytest.approx(8e-4, rel=1e-4)
     assert result.parabola.curvature == pytest.approx(60 * curvature * 1e9**-exponent, rel=1e-4)
     assert len(result.power_laws) == 5
     with pytest.raises(ValueError, match="rates, probes"):
@@ -163,6 +163,9 @@ def test_joint_law_errors_are_those_of_repeats():
     new = truth * np.exp(np.random.default_rng(999).normal(0, 0.05, 150))
     # one standard error, six degrees of freedom: 65 % of new optima
     assert 80 <= sum(b.low < rate < b.high for b, rate in zip(band, new)) <= 115
+    # in the middle of the points the coefficients add a ninth of the variance to the scatter of one optimum
+    middle = laws[0].predict(4e6, 4e8)
+    assert math.log(middle.high / middle.rate) == pytest.approx(laws[0].residual_std * math.sqrt(1 + 1 / 9), rel=1e-6)
     ratio = [law.predict_ratio(1e-3, 4e6, 4e8, 4e6, 1.6e10) for law in laws]
     expected = 1e-3 * 40**-0.35
     assert 80 <= sum(r.low < expected < r.high for r in ratio) <= 115

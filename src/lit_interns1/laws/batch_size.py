@@ -313,40 +313,45 @@ class _Constraints(Transform):
 
 
 def _starts(x_N: Floats, y_N: Floats, continuity: Continuity) -> Iterator[tuple[float, ...]]:
-    """Starting points: from the lowest point and the outer slope (c1), or from every division of the points."""
-    best = int(y_N.argmin())
+    """Starting points: smooth curves, and with other joins also branches fitted to every division of the points."""
+    for smooth in _smooth_starts(x_N, y_N):
+        if continuity == "c1":
+            yield smooth
+        else:
+            s_min, s_1, s_2, s_opt, e_min, c, a_1, a_0, b_m1, b_0 = map(float, _columns(np.array(smooth), "c1"))
+            yield (s_min, s_1, s_opt, s_2, e_min, c, a_1, b_m1, *((a_0, b_0) if continuity == "none" else ()))
     if continuity == "c1":
-        s_opt, e_min = x_N[best], y_N[best]
-        slope = (y_N[-1] - y_N[-2]) / (x_N[-1] - x_N[-2])
-        a_1 = float(np.clip(slope, 0.05, 0.95)) if slope < e_min / s_opt else 0.95 * e_min / s_opt
-        a_1 = min(a_1, 0.95 * e_min / s_opt)
-        for share, join, late in itertools.product((0.5, 0.8, 0.95), (0.15, 0.4, 0.75), (1.1, 1.4, 2.5)):
-            s_min = share * min(x_N[0], s_opt)
-            floor = a_1**2 / (4 * (e_min - a_1 * s_opt))
-            yield (
-                s_min,
-                s_min + join * (s_opt - s_min),
-                s_opt,
-                e_min,
-                max(a_1 / (2 * s_opt * (late - 1)), 1.01 * floor),
-                a_1,
-            )
         return
     for early, late in itertools.product(range(2, x_N.size - 4), range(5, x_N.size - 1)):
         if late - early < 3:
             continue
         curvature, linear, constant = np.polyfit(x_N[early:late], y_N[early:late], 2)
-        a_1, a_0 = np.polyfit(x_N[late:], y_N[late:], 1)
-        s_1, s_2 = (math.sqrt(x_N[i - 1] * x_N[i]) for i in (early, late))
         if curvature <= 0:
             continue
+        s_1, s_2 = (math.sqrt(x_N[i - 1] * x_N[i]) for i in (early, late))
         s_opt = float(np.clip(-linear / (2 * curvature), 1.01 * s_1, 0.99 * s_2))
-        e_min = float(np.polyval([curvature, linear, constant], s_opt))
+        e_min = max(float(np.polyval([curvature, linear, constant], s_opt)), 0.5 * y_N.min())
+        a_1, a_0 = np.polyfit(x_N[late:], y_N[late:], 1)
+        limit = min(e_min / s_opt, (curvature * (s_2 - s_opt) ** 2 + e_min) / s_2)
+        a_1, a_0 = np.clip(a_1, 0.05 * limit, 0.95 * limit), max(a_0, 0.05 * e_min)
         for share in (0.5, 0.8, 0.95):
             s_min = share * x_N[0]
             b_m1, b_0 = np.polyfit(1 / (x_N[:early] - s_min), y_N[:early], 1)
-            theta = (s_min, s_1, s_opt, s_2, e_min, curvature, a_1, b_m1)
+            theta = (s_min, s_1, s_opt, s_2, e_min, curvature, a_1, max(b_m1, 1e-3 * y_N[0] * (x_N[0] - s_min)))
             yield theta if continuity == "c0" else (*theta, a_0, b_0)
+
+
+def _smooth_starts(x_N: Floats, y_N: Floats) -> Iterator[tuple[float, ...]]:
+    """From the lowest point and the outer slope: (S_min, S_1, S_opt, E_min, C, A_1)."""
+    best = int(y_N.argmin())
+    s_opt, e_min = x_N[best], y_N[best]
+    b_opt = e_min / s_opt
+    a_1 = float(np.clip((y_N[-1] - y_N[-2]) / (x_N[-1] - x_N[-2]), 0.05 * b_opt, 0.95 * b_opt))
+    floor = a_1**2 / (4 * (e_min - a_1 * s_opt))
+    for share, join, late in itertools.product((0.5, 0.8, 0.95), (0.15, 0.4, 0.75), (1.1, 1.4, 2.5)):
+        s_min = share * x_N[0]
+        c = max(a_1 / (2 * s_opt * (late - 1)), 1.01 * floor)
+        yield s_min, s_min + join * (s_opt - s_min), s_opt, e_min, c, a_1
 
 
 def _fit_few(steps_N: Floats, tokens_N: Floats, failed_batches: ArrayLike) -> BatchSizeFit:
