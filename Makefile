@@ -38,9 +38,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 setup: $(VENV)/ready ## create .venv and install the project with its test tools
 
-train: $(VENV)/ready ## train the tiny model (configs/pretrain/tiny.yaml), then write pictures, text and molecules
+train: $(VENV)/ready ## train the tiny model (configs/pretrain/tiny.yaml), then write pictures, text, molecules and a page
 	$(BIN)/lit-interns1 fit --config configs/pretrain/tiny.yaml --run_dir $(RUN)
 	$(BIN)/lit-interns1 summarize --run_dir $(RUN)
+	$(BIN)/lit-interns1 report $(RUN)
 
 test: $(VENV)/ready ## run the tests (without those marked slow)
 	$(BIN)/python -m pytest

@@ -22,7 +22,7 @@ from lit_interns1.reports.svg_charts import COLOURS, Line, heat_map, line_chart,
 
 GENERATOR = '<meta name="generator" content="lit-interns1 report">'
 """Stands near the top of every page: a file with it may be written again."""
-_MOST_CURVES, _MOST_LAYERS = 12, 24
+_MOST_CURVES, _MOST_CARDS, _MOST_LAYERS = 12, 6, 24
 _HEAT_CELLS = 400_000
 _SMOOTHED = {"train/loss", "throughput/tokens_per_second", "throughput/step_seconds", "optim/grad_norm"}
 
@@ -114,14 +114,50 @@ def _headline(runs: Sequence[RunRecord]) -> str:
 
 def _chart_sections(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
     run = runs[0]
-    for title, charts in arrange(name for each in runs for name in each.metrics):
-        cards = [card for curves in charts for card in _cards(runs, curves)]
+    found = dict(arrange(name for each in runs for name in each.metrics))
+    if run.load is not None:
+        found.setdefault("Router", [])
+    for title, charts in found.items():
+        single = [curves for curves in charts if all(_is_single(runs, key) for key in curves.keys.values())]
+        cards = [card for curves in charts if curves not in single for card in _cards(runs, curves)]
         if title == "Router":
             cards += _load_cards(run)
+        if title == "Learning-rate search":
+            cards = [_rate_search_card(runs), *cards]
+        cards.append(_single_values(runs, [key for curves in single for key in curves.keys.values()]))
         if any(cards):
             yield title, f'<div class="grid">{"".join(cards)}</div>'
-    if run.load is not None and not any(name.startswith("router/") for each in runs for name in each.metrics):
-        yield "Router", f'<div class="grid">{"".join(_load_cards(run))}</div>'
+
+
+def _is_single(runs: Sequence[RunRecord], key: str) -> bool:
+    """Whether no run has two points of this metric: a number, not a curve."""
+    return all(np.isfinite(run.metrics[key].values).sum() < 2 for run in runs if key in run.metrics)
+
+
+def _single_values(runs: Sequence[RunRecord], keys: list[str]) -> str:
+    def value(run: RunRecord, key: str) -> str:
+        return f"{run.metrics[key].values[-1]:.5g}" if key in run.metrics else "–"
+
+    if not keys:
+        return ""
+    head = "<tr><th></th>" + "".join(f"<th>{escape(run.name)}</th>" for run in runs) + "</tr>" if runs[1:] else ""
+    rows = "".join(
+        f"<tr><td>{escape(key)}</td>" + "".join(f"<td>{value(run, key)}</td>" for run in runs) + "</tr>" for key in keys
+    )
+    return f'<div class="card scroll"><h3>Logged once</h3><table class="figures">{head}{rows}</table></div>'
+
+
+def _rate_search_card(runs: Sequence[RunRecord]) -> str:
+    """The losses of the trials of a learning-rate search over the logarithm of their rates."""
+    lines = []
+    for number, run in enumerate(runs):
+        if {"lr_search/rate", "lr_search/loss"} <= run.metrics.keys():
+            rate, loss = run.metrics["lr_search/rate"], run.metrics["lr_search/loss"]
+            _, at_rate, at_loss = np.intersect1d(rate.steps, loss.steps, return_indices=True)
+            x, y = np.log10(rate.values[at_rate]), loss.values[at_loss]
+            order = np.argsort(x)
+            lines.append(Line(run.name, x[order], y[order], number, "points"))
+    return _card(runs, "Loss of the trials", "nats per token", lines, x_label="log₁₀ rate")
 
 
 def _cards(runs: Sequence[RunRecord], curves: Curves) -> Iterator[str]:
@@ -133,7 +169,9 @@ def _cards(runs: Sequence[RunRecord], curves: Curves) -> Iterator[str]:
         yield _card(runs, curves.title, curves.unit, lines, references, note)
         return
     together = [curves.keys] if is_loss else [{name: key} for name, key in curves.keys.items()]
-    for keys in together:
+    shown = _evenly(together, _MOST_CARDS)
+    note = f"{len(shown)} of {len(together)} charts" if len(shown) < len(together) else ""
+    for keys in shown:
         title = curves.title if len(curves.keys) == 1 or is_loss else f"{curves.title}: {next(iter(keys))}"
         lines = [
             line
@@ -141,7 +179,7 @@ def _cards(runs: Sequence[RunRecord], curves: Curves) -> Iterator[str]:
             for name, key in keys.items()
             for line in _lines(run, key, f"{run.name} {name}" if is_loss else run.name, number, faint=False)
         ]
-        yield _card(runs, title, curves.unit, lines, references)
+        yield _card(runs, title, curves.unit, lines, references, note)
 
 
 def _lines_of_run(run: RunRecord, curves: Curves) -> tuple[list[Line], str]:
@@ -177,12 +215,14 @@ def _card(
     lines: list[Line],
     references: dict[str, float] | None = None,
     note: str = "",
+    x_label: str = "",
 ) -> str:
+    """A titled chart; over tokens or steps, with a vertical line where a single run was continued or switched."""
     marks: dict[str, list[float]] = {}
-    for event in runs[0].events() if len(runs) == 1 else ():
+    for event in runs[0].events() if len(runs) == 1 and not x_label else ():
         if event.kind in ("resumed", "batch size"):
             marks.setdefault(event.kind, []).append(event.place)
-    axis = "tokens" if all(run.counts_tokens for run in runs) else "steps"
+    axis = x_label or ("tokens" if all(run.counts_tokens for run in runs) else "steps")
     chart = line_chart(lines, f"{title} over {axis}", axis, references, marks)
     if not chart:
         return ""
@@ -190,7 +230,7 @@ def _card(
     legend = "".join(
         f'<span><i class="swatch c{line.colour % COLOURS}"></i>{escape(line.name)}</span>' for line in named
     )
-    legend = f'<p class="legend">{legend}</p>' if len(named) > 1 else ""
+    legend = f'<p class="legend">{legend}</p>' if len(named) > 1 or len(runs) > 1 else ""
     extra = " · ".join(part for part in (unit, note) if part)
     return f'<div class="card"><h3>{escape(title)}<small>{escape(extra)}</small></h3>{legend}{chart}</div>'
 

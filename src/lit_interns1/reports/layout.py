@@ -1,8 +1,8 @@
 """Which logged keys belong together: the sections and charts that the HTML page and the W&B dashboard share.
 
 A key is written as in the table of keys: `val/loss/{source}` stands for every `val/loss/...`. Keys that no chart names
-join the section of their prefix by themselves, keys of three parts by their last one: `router/layer_0/load_std` and
-`router/layer_1/load_std` are two curves of one chart.
+join the section of their prefix by themselves; keys of three parts that differ in one of them are curves of one chart:
+`router/layer_0/load_std` and `router/layer_1/load_std`, or `stability/weight_rms/head` and `stability/weight_rms/norm`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _STATISTIC = re.compile(r"(.+)_(mean|max|min|std)$")
-_NOT_DRAWN = {"epoch", "step", "train/tokens", "trainer/global_step"}
-"""Axes, not curves."""
+_NOT_DRAWN = {"epoch", "step", "train/tokens", "trainer/global_step", "batch/switch"} | {
+    f"lr_search/{name}" for name in ("rate", "loss", "diverged")
+}
+"""Axes, events and trials, not curves over tokens."""
 
 
 def key_regex(pattern: str) -> str:
@@ -53,11 +56,13 @@ class Section:
         title: The heading.
         prefixes: First parts of the keys that belong here.
         charts: In the order of reading.
+        curve: Which part of a key `prefix/a/b` that no chart names tells the curves of a chart apart.
     """
 
     title: str
     prefixes: tuple[str, ...]
     charts: tuple[Chart, ...] = ()
+    curve: Literal["middle", "last"] = "middle"
 
 
 SECTIONS: tuple[Section, ...] = (
@@ -80,7 +85,7 @@ SECTIONS: tuple[Section, ...] = (
     Section("Batch size", ("batch",)),
     Section("Learning-rate search", ("lr_search",)),
     Section("Router", ("router",), (Chart("Imbalance (MaxVio)", ("router/max_violation",)),)),
-    Section("Stability", ("stability",)),
+    Section("Stability", ("stability",), curve="last"),
     Section(
         "Throughput",
         ("throughput",),
@@ -129,12 +134,14 @@ def arrange(names: Iterable[str]) -> list[tuple[str, list[Curves]]]:
             left = [name for name in left if name not in keys.values()]
             if keys:
                 placed[section.title].append(Curves(chart.title, chart.unit, keys))
-    home = {prefix: section.title for section in SECTIONS for prefix in section.prefixes}
+    home = {prefix: section for section in SECTIONS for prefix in section.prefixes}
     families: dict[tuple[str, str], Curves] = {}
     for name in left:
-        prefix, title, curve = _family(name)
-        section_title = home.get(prefix, prefix)
-        families.setdefault((section_title, title), Curves(title)).keys[curve] = name
+        prefix = name.split("/")[0] if "/" in name else "other"
+        section = home.get(prefix, Section(prefix, (prefix,)))
+        title, curve = _family(name, section.curve)
+        keys = families.setdefault((section.title, title), Curves(title)).keys
+        keys[name if curve in keys else curve] = name
     for (section_title, _), curves in families.items():
         placed.setdefault(section_title, []).append(curves)
     return [(title, charts) for title, charts in placed.items() if charts]
@@ -146,17 +153,21 @@ def _curve_name(match: re.Match[str], name: str) -> str:
     return "/".join(match.groups()) or {"val": "validation"}.get(kind, kind)
 
 
-def _family(name: str) -> tuple[str, str, str]:
-    """Section prefix, chart and curve of a key that no chart names."""
-    prefix, *middle, last = name.split("/") if "/" in name else ("", name)
-    prefix, group = prefix or "other", "/".join(middle)
-    statistic = _STATISTIC.match(last)
+def _family(name: str, curve: str) -> tuple[str, str]:
+    """Chart and curve of a key that no chart names."""
+    prefix, *middle, last = name.split("/") if "/" in name else (name, name)
+    group, statistic = "/".join(middle), _STATISTIC.match(last)
     if not group:
-        return prefix, name, last
-    if group == "all" and statistic:
-        return prefix, statistic[1].replace("_", " "), statistic[2]
-    by = " by layer" if re.fullmatch(r"layer_\d+", group) else ""
-    return prefix, last.replace("_", " ") + by, group
+        return _words(last), prefix
+    if group in ("all", "val") and statistic:
+        return _words(statistic[1]) + (", validation" if group == "val" else ""), statistic[2]
+    if curve == "last":
+        return _words(group), last
+    return _words(last) + (" by layer" if re.fullmatch(r"layer_\d+", group) else ""), group
+
+
+def _words(name: str) -> str:
+    return name[:1].upper() + name[1:].replace("_", " ")
 
 
 def _natural(text: str) -> list[tuple[int, str]]:

@@ -101,11 +101,9 @@ class RunRecord:
             if (step := _first_step(file)) is not None:
                 place = float(np.interp(step, clock.steps, clock.values)) if self.counts_tokens and clock else step
                 events.append(Event(place, "resumed", f"continuation {number} begins at step {step:,}"))
-        if (series := self.metrics.get("batch/rows_per_step")) is not None:
-            places, values = self.places(series), series.values
-            for at in np.flatnonzero(np.diff(values)) + 1:
-                text = f"{values[at - 1]:,.0f} → {values[at]:,.0f} rows per step"
-                events.append(Event(float(places[at]), "batch size", text))
+        if (series := self.metrics.get("batch/switch")) is not None:
+            for place, rows in zip(self.places(series), series.values):
+                events.append(Event(float(place), "batch size", f"{rows:,.0f} rows per optimizer step from here"))
         if (series := self.metrics.get("stability/skipped_steps")) is not None:
             places = self.places(series)
             for at in np.flatnonzero(np.diff(series.values, prepend=0) > 0):

@@ -98,7 +98,7 @@ def line_chart(
         y_pixel = frame.y(np.array([value]))[0]
         body.append(
             f'<line class="reference" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y_pixel:.1f}" y2="{y_pixel:.1f}"/>'
-            f'<text class="reference" x="{_WIDTH - _RIGHT - 4}" y="{y_pixel - 4:.1f}" text-anchor="end">'
+            f'<text class="reference" x="{_LEFT + 6}" y="{y_pixel - 5:.1f}">'
             f"{escape(name)} {value:.3g}</text>"
         )
     return (
@@ -142,7 +142,7 @@ def heat_map(tokens: ArrayLike, load: ArrayLike, label: str, columns: int) -> st
     return (
         f'<svg class="heat" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}" '
         f'data-frame="{_LEFT} {_WIDTH - _RIGHT} {_HEIGHT - _BOTTOM} {_TOP}" data-range="0 {right!r} 0 {experts}">'
-        f"{frame.horizontal_ticks('consumed tokens', grid=False)}{labels}"
+        f"{frame.horizontal_ticks('tokens', grid=False)}{labels}"
         f'<rect class="outline" x="{_LEFT}" y="{_TOP}" width="{frame.width}" height="{frame.height}"/>'
         f'<image x="{_LEFT}" y="{_TOP}" width="{frame.width}" height="{frame.height}" preserveAspectRatio="none" '
         f'href="data:image/png;base64,{picture}"/></svg>'
@@ -224,8 +224,8 @@ def _finite(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
 
 
 def _range(curves: Sequence[Floats], references: Sequence[float]) -> tuple[float, float]:
-    settled = [y[math.ceil(_BEGINNING * y.size) if y.size > 1 else 0 :] for y in curves]
-    shown = np.concatenate([*(y if y.size else curve for y, curve in zip(settled, curves)), np.array(references)])
+    settled = [y[math.floor(_BEGINNING * y.size) :] for y in curves]
+    shown = np.concatenate([*settled, np.array(references)])
     bottom, top = float(shown.min()), float(shown.max())
     if 0 <= bottom <= 0.5 * top:
         return 0.0, 1.06 * top or 1.0
