@@ -4,8 +4,8 @@
 const tip = document.getElementById("tip");
 const numbers = (element, name) => element.dataset[name].split(" ").map(Number);
 const short = (value) => {
-  for (const [factor, suffix] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e4, "k"]])
-    if (Math.abs(value) >= factor) return +(value / factor).toPrecision(4) + suffix;
+  for (const [factor, suffix] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
+    if (Math.abs(value) >= Math.max(factor, 1e4)) return +(value / factor).toPrecision(4) + suffix;
   return String(+value.toPrecision(4));
 };
 const text = (tag, content, parent) => parent.appendChild(Object.assign(document.createElement(tag), { textContent: content }));
