@@ -1,6 +1,7 @@
 """Callbacks: one file each; they work with any LightningModule unless their page says otherwise."""
 
 from lit_interns1.callbacks.batch_size_scheduler import BatchSizeScheduler
+from lit_interns1.callbacks.capability_salience import CapabilitySalienceValidation
 from lit_interns1.callbacks.console_progress import ConsoleProgress
 from lit_interns1.callbacks.expert_bias import ExpertBiasUpdate
 from lit_interns1.callbacks.expert_load import ExpertLoadRecorder
@@ -12,6 +13,7 @@ from lit_interns1.callbacks.token_learning_rate import TokenLearningRate
 
 __all__ = [
     "BatchSizeScheduler",
+    "CapabilitySalienceValidation",
     "ConsoleProgress",
     "ExpertBiasUpdate",
     "ExpertLoadRecorder",

@@ -191,10 +191,11 @@ class LanguageModelModule(LightningModule):
             self.log(name, value, prog_bar=name == "train/loss")
         self.balance.start_step()
 
-    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Adds the batch to the validation loss."""
-        scores = self.token_scores(batch)
-        self.validation_loss.update(-scores.logp_T, batch.labels >= 0, batch.token_fields.get("source_id"))
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Adds the batch to the validation loss; returns `token_loss_T` (T,), nats, for callbacks that weigh tokens."""
+        loss_T = -self.token_scores(batch).logp_T
+        self.validation_loss.update(loss_T, batch.labels >= 0, batch.token_fields.get("source_id"))
+        return {"token_loss_T": loss_T}
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation loss, over all sources and by source."""
