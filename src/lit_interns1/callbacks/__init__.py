@@ -5,6 +5,7 @@ from lit_interns1.callbacks.capability_salience import CapabilitySalienceValidat
 from lit_interns1.callbacks.console_progress import ConsoleProgress
 from lit_interns1.callbacks.expert_bias import ExpertBiasUpdate
 from lit_interns1.callbacks.expert_load import ExpertLoadRecorder
+from lit_interns1.callbacks.learning_rate_search import LearningRateSearch
 from lit_interns1.callbacks.run_checkpoint import RunCheckpoint
 from lit_interns1.callbacks.throughput import ThroughputMonitor
 from lit_interns1.callbacks.token_clock import TokenClock
@@ -17,6 +18,7 @@ __all__ = [
     "ConsoleProgress",
     "ExpertBiasUpdate",
     "ExpertLoadRecorder",
+    "LearningRateSearch",
     "RunCheckpoint",
     "ThroughputMonitor",
     "TokenClock",
