@@ -42,6 +42,7 @@ def test_report_and_file(tmp_path, monkeypatch, capsys):
     assert os.listdir() == ["plan.json"], "no run directory, no cache, no log"
 
 
+@pytest.mark.slow
 def test_search_prints_a_layout_that_can_be_planned(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = ["--model.config.num_layers", 2, "--data.global_batch_size", 8, "--data.micro_batch_size", 1]

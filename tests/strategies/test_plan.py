@@ -151,30 +151,25 @@ def test_a_plan_says_what_real_ranks_hold_and_send(world):
             assert (more_calls, more_bytes) == (case[2] + agreements, 16 * case[2] + 24 * agreements), (case, rank)
 
 
-def test_costs_are_linear_in_the_layers():
-    costs = []
-    for layers in (3, 5):  # by one and two layers
-        costs.append(plan(8, {"expert_parallel_size": 2, "compute_dtype": "bfloat16"}, {"num_layers": layers}, 2).cost)
-    from lit_interns1.strategies import planning
+def test_costs_are_linear_in_the_layers(monkeypatch):
+    from lit_interns1.strategies.planning import plan as planning
 
-    original, planning.plan.EXACT_LAYERS = planning.plan.EXACT_LAYERS, 9
-    try:
-        whole = [
-            plan(8, {"expert_parallel_size": 2, "compute_dtype": "bfloat16"}, {"num_layers": layers}, 2)
-            for layers in (3, 5)
-        ]
-    finally:
-        planning.plan.EXACT_LAYERS = original
-    for cost, counted in zip(costs, whole, strict=True):
-        assert counted.basis == "counted on the whole model"
-        assert cost.calls == counted.cost.calls
-        assert cost.payload == counted.cost.payload
-        assert cost.flops == pytest.approx(counted.cost.flops, rel=1e-12)
-        for name, size in counted.cost.memory.items():
-            if name == "working memory":  # what is gathered ahead may have one more neighbour
-                assert size <= 1.25 * cost.memory[name]
-            else:
-                assert cost.memory[name] == size, name
+    case = (8, {"expert_parallel_size": 2, "compute_dtype": "bfloat16"}, {"num_layers": 4}, 2)
+    by_layers = plan(*case)
+    monkeypatch.setattr(planning, "EXACT_LAYERS", 9)
+    counted = plan(*case)
+    assert (by_layers.basis, counted.basis) == (
+        "counted on 1 and 2 layers, linear in the 4 layers",
+        "counted on the whole model",
+    )
+    assert by_layers.cost.calls == counted.cost.calls
+    assert by_layers.cost.payload == counted.cost.payload
+    assert by_layers.cost.flops == pytest.approx(counted.cost.flops, rel=1e-12)
+    for name, size in counted.cost.memory.items():
+        if name == "working memory":  # what is gathered ahead may have one more neighbour
+            assert size <= 1.25 * by_layers.cost.memory[name]
+        else:
+            assert by_layers.cost.memory[name] == size, name
 
 
 def test_flops_are_those_of_the_formula():
@@ -210,8 +205,16 @@ def test_visits_of_uniform_routing(experts, choices, groups, ranks):
     ("strategy", "changes"),
     [
         ({"shard_size": 8, "replicate_size": 2, "expert_parallel_size": 2}, {}),
-        ({"expert_parallel_size": 4, "reshard_after_forward": False}, {"activation_checkpointing": "block"}),
-        ({"compute_dtype": "bfloat16"}, {"dense_layers": (0, 1), "intermediate_size": 48, "num_layers": 4}),
+        pytest.param(
+            {"expert_parallel_size": 4, "reshard_after_forward": False},
+            {"activation_checkpointing": "block"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"compute_dtype": "bfloat16"},
+            {"dense_layers": (0, 1), "intermediate_size": 48, "num_layers": 4},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_formulas_of_the_search_are_what_is_counted(strategy, changes):

@@ -25,6 +25,14 @@ from lit_interns1.strategies.planning import Plan, Workload, load_hardware, make
 from lit_interns1.strategies.planning.search import Candidate, Layout, search, with_layout
 from lit_interns1.training.units import with_unit
 
+_USAGE = """lit-interns1 plan --config FILE [--config FILE ...] --world-size N [--hardware NAME|FILE] [--search]
+                         [--json FILE] [options of fit ...]
+
+  lit-interns1 plan --config configs/pretrain/intern-s1-pro-1t.yaml --world-size 4096
+  lit-interns1 plan --config configs/pretrain/tiny.yaml --model.config intern-s1-241b --world-size 512 \\
+      --data.global_batch_size 4096 --data.row_length 4096 --data.micro_batch_size 1 --hardware h200 --search
+"""
+
 SHOWN = 10
 """Layouts in the table of a search."""
 
@@ -80,7 +88,7 @@ def run(args: Sequence[str] | None = None) -> None:
     cli = PlanCLI(
         LightningModule, LightningDataModule, subclass_mode_model=True, subclass_mode_data=True, run=False,
         save_config_callback=None, parser_class=KitArgumentParser,
-        parser_kwargs={"parser_mode": "omegaconf+", "prog": "lit-interns1 plan", "description": __doc__},
+        parser_kwargs={"parser_mode": "omegaconf+", "usage": _USAGE, "description": __doc__},
         args=list(args) if args is not None else None,
     )  # fmt: skip
     console = Console(width=max(Console().width, 110), highlight=False)
