@@ -231,7 +231,7 @@ def fit_or_loop(rung: int, warmup: int, steps: int, log_every: int, directory: P
 
     from lit_interns1.callbacks import (
         ConsoleProgress,
-        ExpertLoadRecorder,
+        RouterLoadMonitor,
         ThroughputMonitor,
         TokenClock,
         TokenExactLoss,
@@ -302,7 +302,7 @@ def fit_or_loop(rung: int, warmup: int, steps: int, log_every: int, directory: P
         checkpoint = ModelCheckpoint(
             directory / "checkpoints", every_n_train_steps=1 << 40, save_top_k=0, auto_insert_metric_name=False
         )
-        callbacks += [ThroughputMonitor(), ExpertLoadRecorder(), checkpoint, ConsoleProgress()]
+        callbacks += [ThroughputMonitor(), RouterLoadMonitor(), checkpoint, ConsoleProgress()]
     with environment({"WANDB_MODE": "offline" if rung >= 5 else "disabled", "WANDB_SILENT": "true"}):
         trainer = Trainer(
             accelerator="cpu", devices=1, max_epochs=1, log_every_n_steps=log_every, default_root_dir=str(directory),

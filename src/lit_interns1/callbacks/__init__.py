@@ -4,9 +4,12 @@ from lit_interns1.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lit_interns1.callbacks.capability_salience import CapabilitySalienceValidation
 from lit_interns1.callbacks.console_progress import ConsoleProgress
 from lit_interns1.callbacks.expert_bias import ExpertBiasUpdate
-from lit_interns1.callbacks.expert_load import ExpertLoadRecorder
 from lit_interns1.callbacks.learning_rate_search import LearningRateSearch
+from lit_interns1.callbacks.router_alerts import RouterAlerts
+from lit_interns1.callbacks.router_load_monitor import RouterLoadMonitor
 from lit_interns1.callbacks.run_checkpoint import RunCheckpoint
+from lit_interns1.callbacks.skip_bad_steps import SkipBadSteps
+from lit_interns1.callbacks.stability import StabilityDiagnostics
 from lit_interns1.callbacks.throughput import ThroughputMonitor
 from lit_interns1.callbacks.token_clock import TokenClock
 from lit_interns1.callbacks.token_exact_loss import TokenExactLoss
@@ -17,9 +20,12 @@ __all__ = [
     "CapabilitySalienceValidation",
     "ConsoleProgress",
     "ExpertBiasUpdate",
-    "ExpertLoadRecorder",
     "LearningRateSearch",
+    "RouterAlerts",
+    "RouterLoadMonitor",
     "RunCheckpoint",
+    "SkipBadSteps",
+    "StabilityDiagnostics",
     "ThroughputMonitor",
     "TokenClock",
     "TokenExactLoss",

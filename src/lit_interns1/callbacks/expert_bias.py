@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_interns1.callbacks.router_counter import RouterCounter
+from lit_interns1.callbacks.skip_bad_steps import SkipBadSteps
 from lit_interns1.models import LanguageModel
 from lit_interns1.nn.moe import SigmoidRouter, update_expert_bias
 
@@ -38,9 +39,9 @@ class ExpertBiasUpdate(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Moves the biases; frozen routers keep theirs."""
+        """Moves the biases; frozen routers keep theirs, and a step that is skipped moves none."""
         counts_LE = self._counter.take()
-        if counts_LE is not None:
+        if counts_LE is not None and not SkipBadSteps.skips(trainer, optimizer):
             for router, counts_E in zip(self._routers, counts_LE, strict=True):
                 if router.weight.requires_grad:
                     update_expert_bias(router.expert_bias, counts_E, self.rate)

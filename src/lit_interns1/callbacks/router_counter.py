@@ -1,44 +1,41 @@
-"""Counts of routed tokens per layer and expert, added up over micro-batches, for the callbacks that need them."""
+"""Counts of routed tokens per layer and expert, added up over the micro-batches of an optimizer step."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_interns1.models import LanguageModel, LanguageModelOutput
+from lit_interns1.callbacks.router_listener import RouterListener
+from lit_interns1.nn.moe.router_load import RouterEvent
 from lit_interns1.training import all_reduce_sum
 
 
 class RouterCounter:
-    """Listens to the router statistics that every `LanguageModel` inside a module returns while it trains.
-
-    They are outputs of the forward pass, so recomputation in backward does not count again.
-    """
+    """Counts what the routers below a module do while it trains."""
 
     def __init__(self) -> None:
-        self._counts_LE: Tensor | None = None
-        self._hooks: list[Any] = []
+        self._counts: dict[int, Tensor] = {}
+        self._listener: RouterListener | None = None
 
     def listen(self, module: nn.Module) -> None:
         """Starts to listen."""
-        for part in module.modules():
-            if isinstance(part, LanguageModel):
-                self._hooks.append(part.register_forward_hook(self._add))
+        self._listener = RouterListener(module, self._add)
 
     def stop(self) -> None:
         """Stops listening."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        if self._listener is not None:
+            self._listener.stop()
 
-    def _add(self, module: nn.Module, arguments: Any, output: LanguageModelOutput) -> None:
-        if module.training and output.router_stats:
-            counts_LE = torch.stack([stats.counts_E for stats in output.router_stats])
-            self._counts_LE = counts_LE if self._counts_LE is None else self._counts_LE + counts_LE
+    def _add(self, events: list[RouterEvent]) -> None:
+        for event in events:
+            if event.training:
+                known = self._counts.get(event.layer)
+                counts_E = event.stats.counts_E
+                self._counts[event.layer] = counts_E if known is None else known + counts_E
 
     def take(self) -> Tensor | None:
         """(layers, experts) counts since the last call, summed over ranks; None if nothing was routed."""
-        counts_LE, self._counts_LE = self._counts_LE, None
-        return None if counts_LE is None else all_reduce_sum(counts_LE)
+        counts, self._counts = self._counts, {}
+        if not counts:
+            return None
+        return all_reduce_sum(torch.stack([counts[layer] for layer in sorted(counts)]))

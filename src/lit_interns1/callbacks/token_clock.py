@@ -10,7 +10,7 @@ that the resumed run repeats the whole window.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,15 @@ def data_parallel_size(trainer: Trainer) -> int:
 def logs_now(trainer: Trainer) -> bool:
     """Whether what is logged in this optimizer step will be written; a call of `log` that is not costs 0.3 ms."""
     return trainer._logger_connector.should_update_logs
+
+
+def log_now(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Writes values whatever the logging interval, with the consumed tokens; callbacks can monitor them. A tenth of
+    the cost of `log` per value."""
+    tensors = {name: torch.tensor(value) for name, value in values.items()}
+    tokens = torch.tensor(float(TokenClock.of(trainer).tokens))
+    trainer._logger_connector.log_metrics({**tensors, "train/tokens": tokens})
+    trainer._logger_connector._callback_metrics.update(tensors)
 
 
 class TokenClock(Callback):

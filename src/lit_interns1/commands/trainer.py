@@ -30,7 +30,7 @@ import lit_interns1.data.text_data_module
 import lit_interns1.modules
 import lit_interns1.optim
 import lit_interns1.strategies
-from lit_interns1.callbacks import ConsoleProgress, ExpertLoadRecorder, RunCheckpoint, ThroughputMonitor, TokenClock
+from lit_interns1.callbacks import ConsoleProgress, RouterLoadMonitor, RunCheckpoint, ThroughputMonitor, TokenClock
 from lit_interns1.data.tokenizer import TextTokenizer
 from lit_interns1.modules.language_model_module import LanguageModelModule, read_checkpoint
 
@@ -151,7 +151,7 @@ def default_loggers(run_dir: Path) -> list[Logger]:
 
 
 class KitCLI(LightningCLI):
-    """LightningCLI with the kit's defaults: run directory, clock, checkpoints, throughput, expert load, logs."""
+    """LightningCLI with the kit's defaults: run directory, clock, checkpoints, throughput, router load, logs."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run directory and the callbacks that are always on, each with its own section."""
@@ -174,7 +174,7 @@ class KitCLI(LightningCLI):
             }
         )
         parser.add_lightning_class_args(ThroughputMonitor, "throughput")
-        parser.add_lightning_class_args(ExpertLoadRecorder, "expert_load")
+        parser.add_lightning_class_args(RouterLoadMonitor, "router_monitor")
 
     def _parse_ckpt_path(self) -> None:
         """Looks at the checkpoint before anything else; hyper-parameters are taken from it only if it has some."""

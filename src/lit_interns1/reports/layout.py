@@ -84,7 +84,14 @@ SECTIONS: tuple[Section, ...] = (
     ),
     Section("Batch size", ("batch",)),
     Section("Learning-rate search", ("lr_search",)),
-    Section("Router", ("router",), (Chart("Imbalance (MaxVio)", ("router/max_violation",)),)),
+    Section(
+        "Router",
+        ("router",),
+        (
+            Chart("Imbalance (MaxVio)", ("router/all/max_violation_mean", "router/all/max_violation_max")),
+            Chart("Imbalance of single layers", ("router/layer_{i}/max_violation",)),
+        ),
+    ),
     Section("Stability", ("stability",), curve="last"),
     Section(
         "Throughput",

@@ -13,6 +13,35 @@ import torch
 from torch import Tensor
 
 
+class LogitStats(NamedTuple):
+    """What monitors want to know of the logits, and losses do not; padding is left out, no gradient.
+
+    Attributes:
+        maximum: Scalar float32, the largest logit; -inf without tokens.
+        logit_sum: Scalar float32, Σ over tokens of the mean logit.
+        top_probability_sum: Scalar float32, Σ over tokens of the largest probability.
+        entropy_sum: Scalar float32, Σ over tokens of -Σ_e p_e ln p_e, in nats.
+    """
+
+    maximum: Tensor
+    logit_sum: Tensor
+    top_probability_sum: Tensor
+    entropy_sum: Tensor
+
+    @staticmethod
+    @torch.no_grad()
+    def measure(logits_TE: Tensor, probabilities_TE: Tensor, token_mask_T: Tensor | None = None) -> LogitStats:
+        """Sums up one forward pass; arguments as in `RouterStats.measure`."""
+        mask_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool) if token_mask_T is None else token_mask_T.bool()
+        highest_T = logits_TE.amax(-1).masked_fill(~mask_T, -torch.inf)
+        below = highest_T.new_full((1,), -torch.inf)  # a rank may have no token
+        sums_3T = torch.stack(
+            [logits_TE.mean(-1), probabilities_TE.amax(-1), torch.special.entr(probabilities_TE).sum(-1)]
+        )
+        sums_3 = sums_3T.masked_fill(~mask_T, 0.0).sum(-1)
+        return LogitStats(torch.cat([highest_T, below]).amax(), *sums_3.unbind())
+
+
 class RouterStats(NamedTuple):
     """Sums over the tokens of one MoE layer; padding is left out.
 
@@ -21,12 +50,14 @@ class RouterStats(NamedTuple):
         probability_sum_E: (E,) float32, Σ over tokens of the router's probabilities. With gradient.
         z_square_sum: Scalar float32, Σ over tokens of (logsumexp of the logits)². With gradient.
         num_tokens: Scalar float32.
+        logits: More about the logits, if it was asked for.
     """
 
     counts_E: Tensor
     probability_sum_E: Tensor
     z_square_sum: Tensor
     num_tokens: Tensor
+    logits: LogitStats | None = None
 
     @property
     def load_E(self) -> Tensor:
@@ -40,8 +71,9 @@ class RouterStats(NamedTuple):
 
     @staticmethod
     def measure(
-        logits_TE: Tensor, probabilities_TE: Tensor, ids_TK: Tensor, token_mask_T: Tensor | None = None
-    ) -> RouterStats:
+        logits_TE: Tensor, probabilities_TE: Tensor, ids_TK: Tensor, token_mask_T: Tensor | None = None,
+        with_logits: bool = False,
+    ) -> RouterStats:  # fmt: skip
         """Sums up one forward pass.
 
         Args:
@@ -49,6 +81,7 @@ class RouterStats(NamedTuple):
             probabilities_TE: (T, E) float32, rows sum to 1.
             ids_TK: (T, K) experts used.
             token_mask_T: (T,) bool, True = counts. None: all.
+            with_logits: Also measure `LogitStats`.
         """
         num_experts = logits_TE.shape[-1]
         z_T = torch.logsumexp(logits_TE, dim=-1)
@@ -63,7 +96,8 @@ class RouterStats(NamedTuple):
         # not bincount: its length would depend on data; sums of ones are exact below 2^24
         counts_E = torch.zeros(num_experts, device=z_T.device, dtype=torch.float32)
         counts_E.index_add_(0, ids_TK.flatten(), mask_T.detach().repeat_interleave(ids_TK.shape[1]))
-        return RouterStats(counts_E, probability_sum, z_square_sum, num_tokens)
+        logits = LogitStats.measure(logits_TE, probabilities_TE, token_mask_T) if with_logits else None
+        return RouterStats(counts_E, probability_sum, z_square_sum, num_tokens, logits)
 
     @staticmethod
     def from_logits(logits_TE: Tensor, experts_per_token: int, token_mask_T: Tensor | None = None) -> RouterStats:
