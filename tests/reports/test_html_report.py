@@ -140,6 +140,8 @@ def test_everything_that_was_logged_is_on_the_page(run_dir):
     assert any("+seed_everything: 2" in block for block in page.text("pre"))
     assert any("<b>But soft</b>" in block for block in page.text("pre"))
     assert any("bigram" in label for label in page.text("text"))
+    marks = {title.split(" at ")[0] for title in page.text("title")}
+    assert {"resumed", "batch size"} <= marks
 
 
 def test_nothing_is_loaded_from_anywhere(run_dir, tmp_path):
@@ -296,19 +298,23 @@ def decode_png(data):
     return rows[:, 1:].reshape(height, width, 4)
 
 
+def heat_pixels(tokens, load):
+    (image,) = Page(heat_map(tokens, np.array(load), "load", 200)).all("image")
+    return decode_png(base64.b64decode(image["href"].partition(",")[2]))
+
+
 def test_heat_map_pixels():
     """Expert 0 at the bottom; time in equal columns, a point stands for the tokens before it."""
-    load = np.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.0, 0.25, 0.25]])
-    svg = heat_map([300, 400], load, "load", 200)
-    (image,) = Page(svg).all("image")
-    pixels = decode_png(base64.b64decode(image["href"].partition(",")[2]))
+    uniform, uneven = [0.25, 0.25, 0.25, 0.25], [0.5, 0.0, 0.25, 0.25]
+    pixels = heat_pixels([100, 200], [uniform, uneven])
     assert pixels.shape == (4, 2, 4)
-    # columns end at 200 and 400 tokens: the first lies inside the uniform stretch, the second holds both points
     assert pixels[:, 0, 3].tolist() == [0, 0, 0, 0]
-    assert pixels[:, 1, 3].tolist() == [0, 0, 130, 130]
+    assert pixels[:, 1, 3].tolist() == [0, 0, 255, 255]
     red, blue = pixels[3, 1], pixels[2, 1]
     assert red[0] > red[2]
     assert blue[2] > blue[0]
+    # columns end at 200 and 400 tokens: the first lies inside the stretch of the first point, the second holds both
+    assert heat_pixels([300, 400], [uniform, uneven])[3, :, 3].tolist() == [0, 130]
 
 
 def test_short_numbers():
