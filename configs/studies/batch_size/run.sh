@@ -1,0 +1,38 @@
+#!/bin/sh
+# Constant batch sizes, the law that they give, and the schedule of that law at equal tokens. Finished runs are skipped,
+# unfinished ones continued.
+#   configs/studies/batch_size/run.sh [folder of the runs, default runs/batch_size] [further options of fit]
+set -eu
+here=$(dirname "$0")
+out=${1:-runs/batch_size}
+[ $# -gt 0 ] && shift
+command=${LIT_INTERNS1:-lit-interns1}
+
+train() {
+    name=$1
+    shift
+    run="$out/$name"
+    [ -f "$run/finished" ] && return
+    resume=
+    if [ -e "$run/checkpoints/last.ckpt" ]; then
+        resume="--ckpt_path last"
+    else
+        rm -rf "$run"
+    fi
+    # shellcheck disable=SC2086
+    $command fit --config "$here/base.yaml" "$@" --run_dir "$run" $resume
+    touch "$run/finished"
+}
+
+runs=
+for rows in 8 16 32 64 128 256; do
+    train "b$rows" "$@" --data.global_batch_size "$rows"
+    runs="$runs $out/b$rows"
+done
+# shellcheck disable=SC2086
+$command batch-size-law $runs --out "$out/law"
+train schedule --config "$here/schedule.yaml" "$@" --data.global_batch_size 8 \
+    --trainer.callbacks.schedule.artefact "$out/law/law.json"
+for run in $runs "$out/schedule"; do
+    echo "$run $(cut -d, -f1 "$run/metrics/metrics.csv" | tail -1) steps"
+done
