@@ -26,7 +26,8 @@ train() {
 
 runs=
 for rows in 8 16 32 64 128 256; do
-    train "b$rows" "$@" --data.global_batch_size "$rows"
+    # as few passes as memory allows: the arithmetic of a step is the same, and it is sooner done
+    train "b$rows" "$@" --data.global_batch_size "$rows" --data.micro_batch_size "$((rows < 64 ? rows : 64))"
     runs="$runs $out/b$rows"
 done
 # shellcheck disable=SC2086
