@@ -250,17 +250,20 @@ class KitCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def run(args: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) -> KitCLI:
+def run(
+    args: Sequence[str] | None = None, callbacks: Sequence[Callback] = (), cli_class: type[KitCLI] | None = None
+) -> KitCLI:
     """Runs one of the Trainer's commands.
 
     Args:
         args: Begins with the command's name; None = the arguments of the process.
         callbacks: More callbacks for the Trainer, for runs from Python.
+        cli_class: For commands that do more than Lightning's; None: `KitCLI`.
     """
     # resuming into the run's own directory is what is asked for; the other comes from Lightning with new torch releases
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    return KitCLI(
+    return (cli_class or KitCLI)(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,

@@ -162,10 +162,11 @@ class RateSearchResult:
         for rate, losses, reason in zip(self.rates, self.losses, self.stopped, strict=True):
             cells = "".join(f"{loss:14.4f}" if math.isfinite(loss) else f"{'—':>14}" for loss in losses)
             lines.append(f"{rate:10.3g}{cells}" + (f"  cut off: {reason}" if reason else ""))
-        lines += [self._verdict(probe) for probe in range(len(self.tokens))]
+        lines += [self.verdict(probe) for probe in range(len(self.tokens))]
         return "\n".join(lines)
 
-    def _verdict(self, probe: int) -> str:
+    def verdict(self, probe: int) -> str:
+        """One line about a probe: the best rate, its interval, the cost of a factor of two."""
         parabola, where = self.parabola(probe), f"D = {with_unit(self.tokens[probe])}"
         rate, side = self.best_rate(probe), self.open_side(probe)
         if parabola is None or side != "none":
@@ -248,7 +249,8 @@ def rate_search_figure(result: RateSearchResult, title: str = "Learning-rate sea
         values += losses[np.isfinite(losses)].tolist()
         if parabola is None or not parabola.curvature > 0:
             continue
-        fine = np.geomspace(parabola.rates_R[0], parabola.rates_R[-1], 100)
+        ends = [*parabola.rates_R, parabola.best_rate] if result.is_bracketed(probe) else parabola.rates_R
+        fine = np.geomspace(min(ends), max(ends), 100)
         axes.plot(fine, parabola(fine), color=colour, linewidth=1.6)
         if result.is_bracketed(probe):
             axes.plot(parabola.best_rate, parabola.best_loss, "|", color=colour, markersize=18, markeredgewidth=2)
@@ -259,6 +261,8 @@ def rate_search_figure(result: RateSearchResult, title: str = "Learning-rate sea
     if diverged:
         axes.plot(diverged, [top + margin] * len(diverged), "x", color=VERMILLION, markersize=8, label="cut off")
     axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
+    axes.minorticks_off()
     axes.set_xlabel("Learning rate", fontsize=_TEXT_SIZE)
     _legend(axes)
     return figure
