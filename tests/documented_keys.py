@@ -6,9 +6,8 @@ from pathlib import Path
 from lit_interns1.reports.layout import key_regex
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
-ROW = re.compile(
-    r"^\|\s*`(?P<key>[^`]+)`\s*\|\s*(?P<unit>[^|]+?)\s*\|\s*(?P<when>[^|]+?)\s*\|\s*(?P<meaning>[^|]+?)\s*\|$"
-)
+CELL = r"\s*((?:[^|\\]|\\.)+?)\s*\|"
+ROW = re.compile(rf"^\|\s*`([^`]+)`\s*\|{CELL}{CELL}{CELL}$")
 
 
 def documented_keys() -> dict[str, str]:
@@ -22,8 +21,9 @@ def documented_keys() -> dict[str, str]:
         elif in_table and not set(line) <= set("|- :"):
             row = ROW.match(line)
             assert row, f"{PAGE.name}: not `key` | unit | when | meaning: {line}"
-            assert row["key"] not in keys, f"{PAGE.name} documents {row['key']} twice"
-            keys[row["key"]] = row["unit"]
+            key, unit, _, _ = row.groups()
+            assert key not in keys, f"{PAGE.name} documents {key} twice"
+            keys[key] = unit
     return keys
 
 

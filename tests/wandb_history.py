@@ -33,11 +33,16 @@ def records(path: Path):
 
 
 def history(path: Path) -> list[dict]:
-    """The rows that were logged, as W&B shows them: key -> value."""
+    """The rows that were logged: key -> value; an image or a table, which is logged in parts, is a mapping of them."""
     rows = []
     for record in records(path):
         if record.WhichOneof("record_type") == "history":
-            rows.append(
-                {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-            )
+            row: dict = {}
+            for item in record.history.item:
+                key, *part = item.nested_key or [item.key]
+                if part:
+                    row.setdefault(key, {})["/".join(part)] = json.loads(item.value_json)
+                else:
+                    row[key] = json.loads(item.value_json)
+            rows.append(row)
     return rows

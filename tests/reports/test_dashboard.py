@@ -78,8 +78,9 @@ def test_workspace():
         for panel, entry in zip(section.panels, described["panels"], strict=True):
             assert (panel.title, panel.x) == (entry["title"], "train/tokens")
             if any("{" in key for key in entry["keys"]):
-                assert re.match(panel.metric_regex, entry["keys"][0].replace("{source}", "english"))
-                assert not re.match(panel.metric_regex, "val/loss")
+                for key in entry["keys"]:
+                    assert re.match(panel.metric_regex, re.sub(r"\{\w+\}", "name", key))
+                    assert not re.match(panel.metric_regex, re.sub(r"\{\w+\}", "two/parts", key))
             else:
                 assert panel.y == entry["keys"]
 

@@ -39,15 +39,15 @@ def test_named_charts_and_axes():
 def test_new_keys_join_the_section_of_their_prefix():
     names = [
         "router/layer_10/load_std", "router/layer_2/load_std", "router/all/entropy_mean", "router/all/entropy_max",
-        "router/val/entropy_max", "router/all/drift", "stability/weight_rms/head", "stability/weight_rms/norm",
-        "salience/code/loss", "salience/chemistry/loss", "mine/first/value", "mine/second/value", "plain",
+        "router/val/entropy_max", "router/all/drift", "stability/new_thing/head", "stability/new_thing/norm",
+        "salience/code/rank", "salience/chemistry/rank", "mine/first/value", "mine/second/value", "plain",
     ]  # fmt: skip
     found = charts(names)
     assert list(found["Router", "Load std by layer"]) == ["layer_2", "layer_10"]
     assert found["Router", "Entropy"] == {"max": "router/all/entropy_max", "mean": "router/all/entropy_mean"}
     assert found["Router", "Entropy, validation"] == {"max": "router/val/entropy_max"}
-    assert set(found["Stability", "Weight rms"]) == {"head", "norm"}
-    assert set(found["Capability salience", "Loss"]) == {"code", "chemistry"}
+    assert set(found["Stability", "New thing"]) == {"head", "norm"}
+    assert set(found["Capability salience", "Rank"]) == {"code", "chemistry"}
     assert set(found["mine", "Value"]) == {"first", "second"}
     assert found["other", "Plain"] == {"plain": "plain"}
 

@@ -72,17 +72,34 @@ SECTIONS: tuple[Section, ...] = (
         (
             Chart("Loss", ("train/loss", "val/loss"), "nats per token"),
             Chart("Validation loss by source", ("val/loss/{source}",), "nats per token"),
+            Chart("Validation loss per byte of text", ("val/bits_per_byte",), "bits per byte"),
             Chart("Balance loss", ("train/balance",)),
             Chart("Router z loss", ("train/router_z",), "nats²"),
         ),
     ),
-    Section("Capability salience", ("salience",)),
+    Section(
+        "Capability salience",
+        ("salience",),
+        (
+            Chart("Predicted score", ("salience/{capability}/predicted_score",), "of the score"),
+            Chart("Its standard deviation", ("salience/{capability}/predicted_std",), "of the score"),
+            Chart("Salience-weighted loss", ("salience/{capability}/loss",), "nats"),
+        ),
+    ),
     Section(
         "Optimizer",
         ("optim",),
         (Chart("Learning rate", ("optim/lr",)), Chart("Gradient norm", ("optim/grad_norm",))),
     ),
-    Section("Batch size", ("batch",)),
+    Section(
+        "Batch size",
+        ("batch",),
+        (
+            Chart("Rows of an optimizer step", ("batch/rows_per_step",), "rows"),
+            Chart("Tokens of an optimizer step", ("batch/tokens_per_step",), "tokens"),
+            Chart("Gradient noise scale", ("batch/noise_scale",), "tokens"),
+        ),
+    ),
     Section("Learning-rate search", ("lr_search",)),
     Section(
         "Router",
@@ -92,7 +109,19 @@ SECTIONS: tuple[Section, ...] = (
             Chart("Imbalance of single layers", ("router/layer_{i}/max_violation",)),
         ),
     ),
-    Section("Stability", ("stability",), curve="last"),
+    Section(
+        "Stability",
+        ("stability",),
+        (
+            Chart("Skipped steps", ("stability/skipped_steps",), "steps"),
+            Chart("Update / weight", ("stability/update_ratio/{class}",)),
+            Chart("Gradient norm of each class", ("stability/grad_norm/{class}",)),
+            Chart("Weight rms", ("stability/weight_rms/{class}",)),
+            Chart("Activation rms", ("stability/activation_rms/{class}",)),
+            Chart("Feature change", ("stability/feature_change/{class}",)),
+        ),
+        curve="last",
+    ),
     Section(
         "Throughput",
         ("throughput",),
