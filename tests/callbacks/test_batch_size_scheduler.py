@@ -22,7 +22,9 @@ from lit_interns1.optim import (
     TabulatedBatch,
     WarmupStableDecay,
 )
+from lit_interns1.strategies import MoEParallelStrategy
 from lit_interns1.training import SummedLoss
+from sharded_training import whole
 
 TOKENS_PER_ROW = 10
 
@@ -44,11 +46,11 @@ class Rows(Dataset):
 
 
 class Counting(LightningModule):
-    """Its gradient is the mean of the rows' numbers; the weight itself never moves."""
+    """Its gradient is the mean of the rows' numbers."""
 
     def __init__(self, kind="mean"):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
         self.kind, self.steps, self.rates = kind, [], []
         self._rows = []
 
@@ -57,8 +59,8 @@ class Counting(LightningModule):
         self._rows += rows_N.int().tolist()
         self.log("train/loss", numbers_N.mean())
         if self.kind == "sum":
-            return SummedLoss(self.weight * numbers_N.sum(), torch.tensor(float(len(batch))))
-        return self.weight * numbers_N.mean()
+            return SummedLoss(self.layer(numbers_N[:, None]).sum(), torch.tensor(float(len(batch))))
+        return self.layer(numbers_N[:, None]).mean()
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1.0)
@@ -72,7 +74,7 @@ class Watch(Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         clock = TokenClock.of(trainer)
-        self.steps.append((sorted(module._rows), float(module.weight.grad), clock.commit(trainer).tokens))
+        self.steps.append((sorted(module._rows), float(whole(module.layer.weight.grad)), clock.commit(trainer).tokens))
         module._rows = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -190,9 +192,10 @@ def train_on_ranks(rank, world, table, micro, folder, strategy_name, kind, save_
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), GROUP_RANK="0",
         TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500",
     )  # fmt: skip
+    strategy = MoEParallelStrategy() if strategy_name == "moe_parallel" else strategy_name
     path = f"{folder}/{strategy_name}-{kind}.ckpt"
     steps, scheduler, *_ = fit(
-        TabulatedBatch(table), KeepsPlace(48, micro, world, rank), kind, strategy=strategy_name, devices=world,
+        TabulatedBatch(table), KeepsPlace(48, micro, world, rank), kind, strategy=strategy, devices=world,
         accumulate=4 // (micro * world), save_after=save_after, path=path, ckpt_path=path if resume else None,
         of_scheduler={"unit": "rows"},
     )  # fmt: skip
@@ -215,6 +218,7 @@ def two_ranks(rank, world, folder):
     found = {}
     for kind in ("mean", "sum"):
         found[kind] = train_on_ranks(rank, world, table, 2, folder, "ddp", kind, None, False)
+        found["sharded " + kind] = train_on_ranks(rank, world, table, 2, folder, "moe_parallel", kind, None, False)
     found["before"] = train_on_ranks(rank, world, table, 1, folder, "ddp", "mean", 19, False)
     return found
 
@@ -222,7 +226,7 @@ def two_ranks(rank, world, folder):
 def test_two_ranks_see_the_same_steps_and_one_rank_goes_on_with_them(tmp_path):
     expected = expected_steps([(80, 8), (400, 12)], 48, 4, 4, epochs=2)
     results = run_ranks(two_ranks, 2, str(tmp_path))
-    for kind in ("mean", "sum"):
+    for kind in ("mean", "sum", "sharded mean", "sharded sum"):
         check(merged([result[kind] for result in results]), expected)
         assert results[0][kind][1] == results[1][kind][1] != []
     before = merged([result["before"] for result in results])
@@ -434,7 +438,7 @@ class Texts(Counting):
     def training_step(self, batch, batch_idx):
         count = float(batch.num_loss_tokens)
         self._rows += [tuple(row.tolist()) for row in batch.input_ids.view(-1, 16)]
-        return SummedLoss(self.weight * batch.input_ids.double().sum(), torch.tensor(count))
+        return SummedLoss(self.layer(batch.input_ids.double().view(-1, 1)).sum(), torch.tensor(count))
 
 
 def fit_text(folder, data, save_after=None, ckpt_path=None):
