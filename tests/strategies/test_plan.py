@@ -20,8 +20,8 @@ def make_module(changes):
            "router_gradient": "ste", **changes.pop("moe", {})}  # fmt: skip
     optimizer = changes.pop("optimizer", "adamw")
     config = LanguageModelConfig(
-        vocab_size=64, hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16,
-        moe=MoEConfig(**moe), **{"num_layers": 3, **changes},
+        hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16,
+        moe=MoEConfig(**moe), **{"vocab_size": 64, "num_layers": 3, **changes},
     )  # fmt: skip
     make = {
         "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
@@ -172,6 +172,13 @@ def test_costs_are_linear_in_the_layers(monkeypatch):
             assert by_layers.cost.memory[name] == size, name
 
 
+def test_plans_of_other_layouts_leave_nothing_behind():
+    first = {"expert_parallel_size": 8, "shard_size": 8, "replicate_size": 4}
+    second = {"expert_parallel_size": 2, "shard_size": 8, "replicate_size": 4}  # equal meshes, groups with other names
+    for strategy in (first, second):
+        assert plan(32, strategy, {"num_layers": 1}, 1).fits
+
+
 def test_flops_are_those_of_the_formula():
     from lit_interns1.models import LanguageModel
     from lit_interns1.models.language_model import flops_per_token
@@ -204,7 +211,7 @@ def test_visits_of_uniform_routing(experts, choices, groups, ranks):
 @pytest.mark.parametrize(
     ("strategy", "changes"),
     [
-        ({"shard_size": 8, "replicate_size": 2, "expert_parallel_size": 2}, {}),
+        ({"shard_size": 8, "replicate_size": 2, "expert_parallel_size": 2}, {"vocab_size": 69}),  # padded
         pytest.param(
             {"expert_parallel_size": 4, "reshard_after_forward": False},
             {"activation_checkpointing": "block"},
