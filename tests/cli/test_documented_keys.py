@@ -112,7 +112,11 @@ def test_what_is_documented_is_logged(run):
 
 
 def test_every_number_is_on_the_page(run):
-    sections = dict(arrange(RunDirectory(run).metrics()))
+    metrics = RunDirectory(run).metrics()
+    sections = dict(arrange(metrics))
+    drawn = {key for charts in sections.values() for curves in charts for key in curves.keys.values()}
+    elsewhere = {"epoch", "train/tokens", "batch/switch", "lr_search/rate", "lr_search/loss", "lr_search/diverged"}
+    assert drawn == set(metrics) - elsewhere
     assert {"Loss", "Capability salience", "Batch size", "Router", "Stability", "Throughput"} <= set(sections)
     text = write_report(run).read_text()
     for title, charts in sections.items():

@@ -54,5 +54,8 @@ def test_new_keys_join_the_section_of_their_prefix():
 
 def test_no_key_is_lost_or_drawn_twice():
     names = ["train/a/x", "val/a/x", "test/a/x", "train/x", "val/x", "router/all/a_b_mean", "router/all/a b_mean"]
+    names += ["router/all/max_violation_mean", "router/all/max_violation_max", "router/layer_0/max_violation"]
     drawn = [key for keys in charts(names).values() for key in keys.values()]
     assert sorted(drawn) == sorted(names)
+    assert set(charts(names)["Router", "Imbalance (MaxVio)"]) == {"mean", "max"}
+    assert set(charts(names)["Router", "Imbalance of single layers"]) == {"layer_0"}

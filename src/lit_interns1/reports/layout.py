@@ -165,8 +165,9 @@ def arrange(names: Iterable[str]) -> list[tuple[str, list[Curves]]]:
         for chart in section.charts:
             keys: dict[str, str] = {}
             for pattern in chart.keys:
-                matches = {name: re.match(key_regex(pattern), name) for name in left}
-                keys |= {_curve_name(match, name): name for name, match in matches.items() if match}
+                for name in (name for name in left if re.match(key_regex(pattern), name)):
+                    curve = _curve_name(pattern, name)
+                    keys[name if curve in keys else curve] = name
             left = [name for name in left if name not in keys.values()]
             if keys:
                 placed[section.title].append(Curves(chart.title, chart.unit, keys))
@@ -183,10 +184,16 @@ def arrange(names: Iterable[str]) -> list[tuple[str, list[Curves]]]:
     return [(title, charts) for title, charts in placed.items() if charts]
 
 
-def _curve_name(match: re.Match[str], name: str) -> str:
-    """What the braces stand for; of a key without braces, what lies before its last part (`train/loss` -> `train`)."""
-    kind = name.rpartition("/")[0] or name
-    return "/".join(match.groups()) or {"val": "validation"}.get(kind, kind)
+def _curve_name(pattern: str, name: str) -> str:
+    """The parts with braces, the statistic (`router/all/z_mean` -> `mean`) or the prefix (`train/loss` -> `train`)."""
+    variable = [part for part, form in zip(name.split("/"), pattern.split("/")) if "{" in form]
+    if variable:
+        return "/".join(variable)
+    prefix, _, last = name.rpartition("/")
+    statistic = _STATISTIC.match(last)
+    if "/" in prefix and statistic:
+        return statistic[2]
+    return {"val": "validation"}.get(prefix, prefix or name)
 
 
 def _family(name: str, curve: str) -> tuple[str, str]:
