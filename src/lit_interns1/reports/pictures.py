@@ -15,10 +15,11 @@ from lit_interns1.reports.figures import (
     throughput_figure,
 )
 from lit_interns1.reports.run_directory import MetricSeries, RunDirectory, RunDirectoryError
+from lit_interns1.reports.salience_figures import capability_figure
 
 
 def draw_pictures(run: RunDirectory, references: Mapping[str, float] | None = None) -> dict[str, Path]:
-    """Draws `loss`, `learning_rate`, `throughput` and `expert_load`, leaving out what the run did not record.
+    """Draws `loss`, `learning_rate`, `throughput`, `expert_load`, `capabilities`, as far as the run recorded them.
 
     Args:
         run: The run directory.
@@ -43,6 +44,14 @@ def draw_pictures(run: RunDirectory, references: Mapping[str, float] | None = No
         figures["throughput"] = throughput_figure(*_curve(run, throughput))
     if run.expert_load_file.exists():
         figures["expert_load"] = expert_load_figure(*run.expert_load())
+    scores = {}
+    for key, score in metrics.items():
+        if key.startswith("salience/") and key.endswith("/predicted_score"):
+            tokens, values = _curve(run, score)
+            std = metrics.get(key.replace("/predicted_score", "/predicted_std"))
+            scores[key.split("/")[1]] = (tokens, values, None if std is None else std.values)
+    if scores:
+        figures["capabilities"] = capability_figure(scores)
     if not figures:
         raise RunDirectoryError(f"the run {run.path} holds nothing to draw; it logged {', '.join(sorted(metrics))}")
     return {name: save_figure(figure, run.pictures / f"{name}.png") for name, figure in figures.items()}

@@ -59,6 +59,7 @@ def capability_figure(
         every.append(x)
     _token_axis(axes, np.concatenate(every))
     _legend(axes)
+    axes.get_legend().set_loc("best")  # type: ignore[union-attr]
     return figure
 
 
@@ -104,4 +105,5 @@ def prediction_figure(
         if number == 0:
             axes.set_ylabel("Predicted without its recipe", fontsize=_TEXT_SIZE, color=_INK)
             _legend(axes)
+            axes.get_legend().set_loc("lower right")  # type: ignore[union-attr]
     return figure
