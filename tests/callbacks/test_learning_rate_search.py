@@ -46,6 +46,8 @@ class Foreign(L.LightningModule):
     def training_step(self, batch, batch_idx):
         x, y = batch
         loss = (self.net(x) - y).square().mean()
+        if self.count == 0:
+            assert all(parameter.grad is None for parameter in self.parameters())
         self.count += 1
         self.losses.append((self.count, float(loss)))
         self.drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
@@ -364,7 +366,7 @@ def text_run(rank, world, folder, text, search_options, steps, interrupt_at=None
     return losses, state, sorted(new), found
 
 
-SEARCH = {"rates": [1e-3, 1e-2, 1e5], "tokens": [400, 700, 1200], "monitor": "train/loss", "max_extensions": 1}
+SEARCH = {"rates": [1e-3, 1e-2, 1e5], "tokens": [400, 700, 1200], "monitor": "train/loss", "max_extensions": 0}
 
 
 def assert_same_run(with_search, without):

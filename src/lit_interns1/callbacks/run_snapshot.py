@@ -235,11 +235,10 @@ class RunSnapshot:
         copy.add(module)
         for optimizer in trainer.optimizers:
             copy.add_attributes(optimizer)
-        for config in trainer.lr_scheduler_configs:
-            copy.add(config)
         epoch_loop = trainer.fit_loop.epoch_loop
         loops = (trainer.fit_loop, epoch_loop, epoch_loop.automatic_optimization, epoch_loop.manual_optimization,
                  epoch_loop.val_loop)  # fmt: skip
+        # the strategy holds the schedulers
         owners = (*loops, trainer, trainer._logger_connector, trainer.strategy, trainer.precision_plugin)
         for owner in (*owners, *trainer.callbacks):  # type: ignore[attr-defined]
             copy.add_attributes(owner)
