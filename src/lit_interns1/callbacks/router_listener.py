@@ -110,7 +110,7 @@ class RouterListener:
                 replayed = options.get("routed_experts_TLK") is not None
                 self.receive(
                     [
-                        RouterEvent(first + i, stats, replayed, module.training)
+                        RouterEvent(first + i, stats.detached(), replayed, module.training)
                         for i, stats in enumerate(output.router_stats)
                     ]
                 )

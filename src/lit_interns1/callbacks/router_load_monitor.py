@@ -4,8 +4,8 @@
     grouped router with whole groups: every group gets T · K / G slots, exactly                  arXiv 2603.25040 §2.1
     routing drift = 1 − |A ∩ B| / |A ∪ B|   of a probe token's experts now and at the last time
 
-Counts are added up on the device in every micro-batch. Only where a window ends the ranks talk (one all-reduce) and the
-host reads; statistics of the logits are those of the window's last step.
+Counts stay on the device. Only where a window ends they are added up, the ranks talk (one all-reduce) and the host
+reads; statistics of the logits are those of the window's last step.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from lit_interns1.nn.moe.router_load import (
 
 STATE_KEY = "router_load"
 """Where a checkpoint holds an unfinished window."""
+
+_MOST_EVENTS = 2048
 
 
 def attention_mask(batch: Any) -> Tensor | None:
@@ -126,7 +128,9 @@ class RouterLoadMonitor(Callback):
         self._validating = False
         self._probe = ProbeBatch("RouterLoadMonitor", probe, probe_forward)
         self._listener: RouterListener | None = None
-        self._events: list[RouterEvent] = []
+        self._events: list[RouterEvent] = []  # of the optimizer step in progress
+        self._finished: list[RouterEvent] = []  # of finished steps, not yet added to the window
+        self._validation_events: list[RouterEvent] = []
         self._alert_state = AlertState()
         self._seen_steps = self._windows = 0
         self._last_choices: dict[int, Tensor] = {}
@@ -166,7 +170,9 @@ class RouterLoadMonitor(Callback):
         return [place.num_groups for place in self._listener.routers]
 
     def _receive(self, events: list[RouterEvent]) -> None:
-        if self._validating or events[0].training:
+        if self._validating:
+            self._validation_events += events
+        elif events[0].training:
             self._events += events
 
     # -- training ------------------------------------------------------------------------------------------------------
@@ -199,19 +205,34 @@ class RouterLoadMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds the micro-batch; ends the window behind its last optimizer step."""
-        if self.load is None or self._step is None:
+        """Ends the step with its last micro-batch, and the window with its last step."""
+        if self.load is None:
             return
-        step, clock = self._step, TokenClock.of(trainer)
-        step.add(self._events)
-        self._events.clear()
+        clock = TokenClock.of(trainer)
         if clock.state.steps == self._seen_steps:
             return
         self._seen_steps = clock.state.steps
-        self.load.update(step)
-        step.clear()
+        events, self._events = self._events, []
         if self._seen_steps % self.every_n_steps == 0:
+            self._add_finished()
+            self._add(self.load, events)
             self._end_window(trainer, pl_module, clock.tokens)
+            return
+        self._finished += events
+        if len(self._finished) >= _MOST_EVENTS:
+            self._add_finished()
+
+    def _add(self, load: RouterLoad, events: list[RouterEvent]) -> None:
+        assert self._step is not None
+        self._step.add(events)
+        load.update(self._step)
+        self._step.clear()
+        events.clear()
+
+    def _add_finished(self) -> None:
+        """Adds the steps of the window that were only noted so far: many small sums at once are cheaper."""
+        assert self.load is not None
+        self._add(self.load, self._finished)
 
     def _end_window(self, trainer: Trainer, pl_module: LightningModule, tokens: int) -> None:
         assert self.load is not None
@@ -313,12 +334,7 @@ class RouterLoadMonitor(Callback):
     ) -> None:  # fmt: skip
         """Adds the batch."""
         if self._validating and self._validation_load is not None:
-            # the sums of a training step may be open: validation can come between its micro-batches
-            num_layers, num_experts = self._validation_load.counts_LE.shape
-            step = StepLoad(num_layers, num_experts, pl_module.device)
-            step.add(self._events)
-            self._events.clear()
-            self._validation_load.update(step)
+            self._add(self._validation_load, self._validation_events)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the window of the validation."""
@@ -376,6 +392,7 @@ class RouterLoadMonitor(Callback):
         """Saves the unfinished window of all ranks, without the step in progress, and writes the file."""
         self._write(trainer)
         if self.load is not None:
+            self._add_finished()
             with self.load.sync_context():
                 checkpoint[STATE_KEY] = {name: t.cpu().clone() for name, t in self.load.state_dict().items()}
 

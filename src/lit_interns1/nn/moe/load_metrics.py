@@ -21,18 +21,14 @@ def _mean(counts: Tensor) -> Tensor:
     return counts.mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _any(counts: Tensor) -> Tensor:
-    return counts.sum(-1) > 0
-
-
 def max_violation(counts: Tensor) -> Tensor:
     """(..., E) → (...): by how much of the mean the fullest expert lies above it; 0 = balanced, at most E − 1."""
-    return torch.where(_any(counts), counts.amax(-1) / _mean(counts) - 1, 0.0)
+    return (counts.amax(-1) - counts.mean(-1)) / _mean(counts)
 
 
 def min_violation(counts: Tensor) -> Tensor:
     """(..., E) → (...): by how much of the mean the emptiest expert lies below it; 0 to 1."""
-    return torch.where(_any(counts), 1 - counts.amin(-1) / _mean(counts), 0.0)
+    return (counts.mean(-1) - counts.amin(-1)) / _mean(counts)
 
 
 def coefficient_of_variation(counts: Tensor) -> Tensor:
@@ -56,7 +52,7 @@ def gini(counts: Tensor) -> Tensor:
 def load_entropy(counts: Tensor) -> Tensor:
     """(..., E) → (...): entropy of the load in nats, between 0 and ln E; ln E without a token."""
     shares = counts / counts.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.where(_any(counts), torch.special.entr(shares).sum(-1), math.log(counts.shape[-1]))
+    return torch.where(counts.sum(-1) > 0, torch.special.entr(shares).sum(-1), math.log(counts.shape[-1]))
 
 
 def normalized_entropy(counts: Tensor) -> Tensor:

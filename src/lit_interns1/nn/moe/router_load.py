@@ -161,6 +161,7 @@ class StepLoad:
         self.scalars_LS = torch.zeros(num_layers, len(_SCALARS), **options)
         self.logit_max_L = torch.full((num_layers,), -torch.inf, **options)
         self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._constants: dict[tuple[int, bool], Tensor] = {}
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -173,6 +174,13 @@ class StepLoad:
             self._indices[layers] = torch.tensor(layers, device=self.counts_LE.device)
         return self._indices[layers]
 
+    def _constant(self, passes: int, replayed: bool) -> Tensor:
+        """(2, passes): one pass each, and whether ids were given."""
+        if (passes, replayed) not in self._constants:
+            rows = torch.tensor([1.0, float(replayed)], device=self.counts_LE.device)
+            self._constants[passes, replayed] = rows[:, None].expand(2, passes)
+        return self._constants[passes, replayed]
+
     @torch.no_grad()
     def add(self, events: Sequence[RouterEvent]) -> None:
         """Adds the passes of one micro-batch; nothing waits for the device."""
@@ -181,22 +189,19 @@ class StepLoad:
         stats = [event.stats for event in events]
         layer_N = self._index(tuple(event.layer for event in events))
         counts_NE = torch.stack([s.counts_E for s in stats])
-        columns = [
-            torch.stack([s.num_tokens for s in stats]),
-            torch.stack([s.z_square_sum for s in stats]),
-            load_metrics.max_violation(counts_NE),
-            torch.ones_like(counts_NE[:, 0]),
-            torch.full_like(counts_NE[:, 0], float(any(event.replayed for event in events))),
-        ]
+        sums_2N = torch.stack([s.num_tokens for s in stats] + [s.z_square_sum for s in stats]).view(2, -1)
+        replayed = any(event.replayed for event in events)
+        rows = [sums_2N, load_metrics.max_violation(counts_NE)[None], self._constant(len(events), replayed)]
         known = [s.logits for s in stats if s.logits is not None]
         if len(known) == len(stats):
-            columns.append(columns[0])
-            columns += [torch.stack(part) for part in list(zip(*known, strict=True))[1:]]
-            highest_N = torch.stack([logits.maximum for logits in known]).double()
-            self.logit_max_L.scatter_reduce_(0, layer_N, highest_N, "amax")
+            parts = [part for column in zip(*known, strict=True) for part in column]
+            highest_1N, sums_3N = torch.stack(parts).view(4, -1).split([1, 3])
+            rows += [sums_2N[:1], sums_3N]
+            self.logit_max_L.scatter_reduce_(0, layer_N, highest_1N[0].double(), "amax")
+        rows_CN = torch.cat(rows)
         self.counts_LE.index_add_(0, layer_N, counts_NE.double())
         self.probability_sum_LE.index_add_(0, layer_N, torch.stack([s.probability_sum_E for s in stats]).double())
-        self.scalars_LS[:, : len(columns)].index_add_(0, layer_N, torch.stack(columns, dim=1).double())
+        self.scalars_LS[:, : len(rows_CN)].index_add_(0, layer_N, rows_CN.T.double())
 
 
 class RouterLoad(Metric):

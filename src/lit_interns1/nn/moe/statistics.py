@@ -32,14 +32,17 @@ class LogitStats(NamedTuple):
     @torch.no_grad()
     def measure(logits_TE: Tensor, probabilities_TE: Tensor, token_mask_T: Tensor | None = None) -> LogitStats:
         """Sums up one forward pass; arguments as in `RouterStats.measure`."""
-        mask_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool) if token_mask_T is None else token_mask_T.bool()
-        highest_T = logits_TE.amax(-1).masked_fill(~mask_T, -torch.inf)
-        below = highest_T.new_full((1,), -torch.inf)  # a rank may have no token
-        sums_3T = torch.stack(
-            [logits_TE.mean(-1), probabilities_TE.amax(-1), torch.special.entr(probabilities_TE).sum(-1)]
-        )
-        sums_3 = sums_3T.masked_fill(~mask_T, 0.0).sum(-1)
-        return LogitStats(torch.cat([highest_T, below]).amax(), *sums_3.unbind())
+        if len(logits_TE) == 0:
+            zero = logits_TE.new_zeros(())
+            return LogitStats(logits_TE.new_full((), -torch.inf), zero, zero, zero)
+        if token_mask_T is not None:
+            padding_T1 = ~token_mask_T.bool()[:, None]
+            highest = logits_TE.masked_fill(padding_T1, -torch.inf).amax()
+            logits_TE, probabilities_TE = (x.masked_fill(padding_T1, 0.0) for x in (logits_TE, probabilities_TE))
+        else:
+            highest = logits_TE.amax()
+        entropy = torch.special.entr(probabilities_TE).sum()
+        return LogitStats(highest, logits_TE.sum() / logits_TE.shape[1], probabilities_TE.amax(-1).sum(), entropy)
 
 
 class RouterStats(NamedTuple):
@@ -68,6 +71,10 @@ class RouterStats(NamedTuple):
     def mean_probability_E(self) -> Tensor:
         """(E,) mean of the router's probabilities."""
         return self.probability_sum_E / self.num_tokens.clamp(min=1.0)
+
+    def detached(self) -> RouterStats:
+        """The same without gradient: what monitors may keep, and the graph is not kept with it."""
+        return self._replace(probability_sum_E=self.probability_sum_E.detach(), z_square_sum=self.z_square_sum.detach())
 
     @staticmethod
     def measure(
