@@ -13,20 +13,26 @@ sources() {  # rows of English, molecules and code
         "{path: 'bundled:python-stdlib', name: code, weight: $3}]"
 }
 
+study() {  # recipe, rows, layers: one run, its records and its scores
+    run=$runs/$1-$3
+    if [ ! -e "$run/finished" ]; then
+        rm -rf "$run"
+        # shellcheck disable=SC2086
+        $program fit --config "$here/model.yaml" --run_dir "$run" --model.config.num_layers "$3" \
+            --data.sources "$(sources $2)"
+        touch "$run/finished"
+    fi
+    $program salience record --run_dir "$run" --ckpt 'step*.ckpt' --recipe "$1"
+    $program salience score --run_dir "$run" --ckpt 'step*.ckpt'
+}
+
+export OMP_NUM_THREADS=1  # the two sizes run side by side
 for recipe in english:6:1:1 molecules:1:6:1 code:1:1:6 even:1:1:1; do
     name=${recipe%%:*}
     rows=$(echo "${recipe#*:}" | tr ':' ' ')
-    for layers in 1 3; do
-        run=$runs/$name-$layers
-        if [ ! -e "$run/finished" ]; then
-            rm -rf "$run"
-            # shellcheck disable=SC2086
-            $program fit --config "$here/model.yaml" --run_dir "$run" --model.config.num_layers $layers \
-                --data.sources "$(sources $rows)"
-            touch "$run/finished"
-        fi
-        $program salience record --run_dir "$run" --ckpt 'step*.ckpt' --recipe "$name"
-        $program salience score --run_dir "$run" --ckpt 'step*.ckpt'
-    done
+    study "$name" "$rows" 1 &
+    small=$!
+    study "$name" "$rows" 3
+    wait $small
 done
 $program salience fit --losses "$runs" --output "$runs/fit"

@@ -53,7 +53,8 @@ def check_visits(visits_W: ArrayLike, token_ids_W: ArrayLike) -> None:
     raise ValueError(
         f"of {len(visits)} weighted validation tokens, {int(never.sum())} were never visited and "
         f"{int(repeated.sum())} more than once (up to {int(visits.max())} times); the first is validation_token_id "
-        f"{wrong}. Each must come exactly once over all ranks: look for a sampler that repeats or drops rows"
+        f"{wrong}. Each must come exactly once over all ranks: look for a sampler that repeats or drops rows, "
+        "or for other documents, row_length or validation_rows than the weights were fitted with"
     )
 
 
