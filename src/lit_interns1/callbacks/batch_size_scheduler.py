@@ -172,7 +172,7 @@ class BatchSizeScheduler(Callback):
             self._align_progress(trainer, rows_per_pass)
         state.rows_per_micro_step = rows_per_pass
         if not state.rows_per_step:
-            at_start = self.schedule(0) if self._tokens_before == 0 else None
+            at_start = self._wanted(0) if self._tokens_before == 0 else None
             given = trainer.accumulate_grad_batches * rows_per_pass
             state.rows_per_step = state.initial_rows = given if at_start is None else self._quantised(trainer, at_start)
         trainer.accumulate_grad_batches = GlobalBatch(state.rows_per_step, micro, ranks).accumulation
@@ -240,7 +240,7 @@ class BatchSizeScheduler(Callback):
         if tokens >= self._frozen_from(trainer):
             return
         if tokens >= state.next_evaluation:
-            state.target = self.schedule(tokens, state.smoothed_loss)
+            state.target = self._wanted(tokens)
             every = self.every_n_tokens
             state.next_evaluation = (tokens // every + 1) * every if every else 0.0
         if state.target is None:
@@ -270,9 +270,13 @@ class BatchSizeScheduler(Callback):
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             logger.log_metrics({"batch/switch": float(rows), "train/tokens": float(tokens)}, step=step)
 
+    def _wanted(self, tokens: int) -> float | None:
+        """B*, in the schedule's unit."""
+        batch = self.schedule(tokens, self.state.smoothed_loss)
+        return None if batch is None else min(batch, self.max_batch or math.inf)
+
     def _quantised(self, trainer: Trainer, batch: float) -> int:
         """Rows: the nearest multiple of micro-batch × ranks."""
-        batch = min(batch, self.max_batch or math.inf)
         rows = batch / self._tokens_of_row(trainer) if self.unit == "tokens" else batch
         return max(1, round(rows / self.state.rows_per_micro_step)) * self.state.rows_per_micro_step
 
