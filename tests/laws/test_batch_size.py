@@ -249,6 +249,17 @@ def test_bootstrap_intervals_hold_the_planted_batch():
     assert inside >= 0.7 * total
 
 
+def test_bootstrap_intervals_hold_their_estimate_also_without_noise():
+    runs = synthetic_runs(0.0)  # only the smoothing is wrong, and twice as wrong in every sample
+    table = fit_batch_size_table(BATCHES, [t for t, _ in runs], [y for _, y in runs], num_targets=6, bootstrap=20)
+    for row in table.rows:
+        for name in ("b_min", "b_opt", "e_min"):
+            low, high = getattr(row, name + "_interval")
+            assert low <= getattr(row, name) <= high
+    without = fit_batch_size_table(BATCHES, [t for t, _ in runs], [y for _, y in runs], num_targets=2, bootstrap=0)
+    assert all(math.isnan(end) for row in without.rows for end in row.b_opt_interval)
+
+
 def test_table_travels_through_json():
     batches = BATCHES[::2]
     runs = synthetic_runs(0.0, batches=batches)

@@ -3,9 +3,10 @@
     for each target loss ℓ:   E_b = first D with smoothed L_b(D) ≤ ℓ,   S_b = E_b / b,   then E(S) → B_min, B_opt
     schedule:                 ln B = p + q ln D (+ a ln N)   through the pairs (D, B) = (E_min(ℓ), B_opt(ℓ))
 
-Intervals: the whole chain is repeated on bootstrap samples of the loss curves. The paper says that its schedule is a
-fitted function of N and D, not which one: smoothing, the choice of targets and the form of the schedule are
-reconstructions. It holds in the constant phase of the learning rate only.
+Intervals: the whole chain is repeated on bootstrap samples of the loss curves. A sample is smoothed once more than the
+run itself, so where there is little noise all samples may lie on one side of the estimate; the interval is then widened
+to hold it. The paper says that its schedule is a fitted function of N and D, not which one: smoothing, the choice of
+targets and the form of the schedule are reconstructions. It holds in the constant phase of the learning rate only.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class BatchSizeRow:
         b_min_bound: See `BatchSizeFit`.
         b_opt_bound: See `BatchSizeFit`.
         num_runs: Runs that reached ℓ.
-        b_min_interval: Bootstrap interval; NaN if there were no samples.
+        b_min_interval: Bootstrap interval, widened to hold `b_min`; NaN if there were no samples.
         b_opt_interval: Likewise.
         e_min_interval: Likewise.
     """
@@ -205,7 +206,9 @@ def fit_batch_size_table(
         if bootstrap:
             tokens_RB = np.stack([curve.sampled_tokens_to_reach(loss) for curve in curves], axis=1)
             samples_R3 = sample_batch_sizes(fit, batches_B, tokens_RB, continuity, huber)
-            intervals = percentile_interval(samples_R3, level).T
+            low_3, high_3 = percentile_interval(samples_R3, level)
+            found_3 = [fit.b_min, fit.b_opt, fit.e_min]
+            intervals = np.stack([np.minimum(low_3, found_3), np.maximum(high_3, found_3)], axis=1)
         b_min_interval, b_opt_interval, e_min_interval = ((float(low), float(high)) for low, high in intervals)
         fits.append(fit)
         rows.append(
