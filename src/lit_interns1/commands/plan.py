@@ -120,7 +120,7 @@ def _plan(cli: PlanCLI, console: Console) -> dict[str, Any]:
     if config.world_size < 1:
         raise ValueError(f"--world-size = {config.world_size} must be at least 1")
     if not config.search:
-        dims = ParallelDims(config.world_size, *strategy._sizes)
+        dims = ParallelDims(config.world_size, *strategy.sizes)
         plan = make_plan(cli.model, strategy, dims, workload, hardware)
         report(plan, console, assumptions)
         return plan.to_dict()

@@ -48,7 +48,7 @@ from lit_interns1.nn.initialization import materialize
 from lit_interns1.nn.parallel_plan import HasParallelPlan, ParallelPlan, default_plan
 from lit_interns1.strategies import gradients
 from lit_interns1.strategies.equal_steps import equal_steps
-from lit_interns1.strategies.parallel_dims import ParallelDims
+from lit_interns1.strategies.parallel_dims import Meshes, ParallelDims
 from lit_interns1.strategies.parallelize import DispatcherName, Precision, fsdp_modules, parallelize
 from lit_interns1.strategies.recompute import recompute_in_backward
 from lit_interns1.strategies.summary import layout_summary
@@ -118,7 +118,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         )  # fmt: skip
         if async_save and not save_distributed_checkpoint:
             raise ValueError("async_save = True needs save_distributed_checkpoint = True: one file is written at once")
-        self._sizes = (shard_size, replicate_size, expert_parallel_size)
+        self.sizes = (shard_size, replicate_size, expert_parallel_size)
         self._writer = ShardedWriter(async_save)
         self.precision = Precision(
             _DTYPES[compute_dtype] if compute_dtype else None, _DTYPES[reduce_dtype] if reduce_dtype else None
@@ -134,7 +134,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Starts the process group and builds the mesh."""
         self._setup_distributed()
-        self.dims = ParallelDims(self.world_size, *self._sizes)
+        self.dims = ParallelDims(self.world_size, *self.sizes)
         self.meshes = self.dims.build_meshes(self.root_device.type)
         self._device_mesh = self.meshes.root
         assert self.lightning_module is not None
@@ -188,17 +188,26 @@ class MoEParallelStrategy(ModelParallelStrategy):
         if not is_meta:
             for tensor in [*module.parameters(), *module.buffers()]:
                 torch.distributed.broadcast(tensor.detach(), src=0)
-        for model, plan in roots(module):
-            if self.activation_checkpointing:
-                recompute_in_backward(model, plan)
-            parallelize(
-                model, plan, self.meshes, self.dims, self.precision, self.reshard_after_forward, self.dispatcher
-            )
+        self.divide(module, self.meshes, self.dims)
         if is_meta and hasattr(module, "materialize"):
             module.materialize(self.root_device)  # type: ignore[operator]  # the module's own way to fill itself
         elif is_meta:
             materialize(module, self.root_device)
         rank_zero_info(layout_summary(module, self.dims))
+
+    def divide(self, module: nn.Module, meshes: Meshes, dims: ParallelDims) -> list[ParallelPlan]:
+        """Divides the parts of a module by their plans, in place; its parameters may be on the meta device.
+
+        Returns:
+            The plans that were followed.
+        """
+        plans = []
+        for model, plan in roots(module):
+            if self.activation_checkpointing:
+                recompute_in_backward(model, plan)
+            parallelize(model, plan, meshes, dims, self.precision, self.reshard_after_forward, self.dispatcher)
+            plans.append(plan)
+        return plans
 
     # -- losses and gradients ------------------------------------------------------------------------------------------
 
@@ -211,7 +220,11 @@ class MoEParallelStrategy(ModelParallelStrategy):
         """The module's step; a `SummedLoss` is taken apart."""
         output = super().training_step(*args, **kwargs)
         assert self.lightning_module is not None
-        self._uses_sums, output = self._window.take(output, self.lightning_module.trainer.accumulate_grad_batches)
+        return self.take_loss(output, self.lightning_module.trainer.accumulate_grad_batches)
+
+    def take_loss(self, output: Any, accumulation: int) -> Any:
+        """What a step returned, with a scalar in place of a `SummedLoss`; its count is kept for `scale_gradients`."""
+        self._uses_sums, output = self._window.take(output, accumulation)
         return output
 
     def optimizer_step(
@@ -225,12 +238,13 @@ class MoEParallelStrategy(ModelParallelStrategy):
 
         def scaled() -> Any:
             result = closure()
-            self._scale(optimizer)
+            self.scale_gradients(optimizer)
             return result
 
         return super().optimizer_step(optimizer, scaled, model, **kwargs)
 
-    def _scale(self, optimizer: Optimizer) -> None:
+    def scale_gradients(self, optimizer: Optimizer) -> None:
+        """Makes sums of gradients means: over the counts of all ranks and micro-batches, or over ranks."""
         if self._uses_sums:
             count = all_reduce_sum(self._window.local_count(self.root_device))
             factor = LossWindow.gradient_factor(count, averaged_over=1)

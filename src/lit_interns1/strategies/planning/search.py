@@ -101,7 +101,9 @@ class CostModel:
     def __init__(self, module: LightningModule, strategy: MoEParallelStrategy, workload: Workload) -> None:
         if not isinstance(getattr(module, "config", None), LanguageModelConfig):
             raise ValueError(f"--search needs a module with a LanguageModelConfig, got {type(module).__name__}")
-        self.module, self.strategy, self.workload = module, strategy, workload
+        # recomputation is one of the things that layouts differ in
+        self.module, self.strategy, self.workload = module, copy.copy(strategy), workload
+        self.strategy.activation_checkpointing = False
         self.config: LanguageModelConfig = module.config  # type: ignore[assignment]
         whole = copy.deepcopy(module)
         build(whole, strategy)
@@ -217,5 +219,5 @@ def with_layout(
         module, list(range(config.num_layers)), activation_checkpointing=layout.activation_checkpointing
     )
     other = copy.copy(strategy)
-    other.reshard_after_forward = layout.reshard_after_forward
+    other.reshard_after_forward, other.activation_checkpointing = layout.reshard_after_forward, False
     return changed, other, replace(workload, micro_batch_rows=layout.micro_batch_rows)

@@ -25,9 +25,9 @@ from lit_interns1.nn.head import LanguageModelHead
 from lit_interns1.nn.moe.all_to_all import AllToAllDispatcher
 from lit_interns1.nn.moe.router import Router
 from lit_interns1.strategies import gradients
-from lit_interns1.strategies.moe_parallel import MoEParallelStrategy, roots
+from lit_interns1.strategies.moe_parallel import MoEParallelStrategy
 from lit_interns1.strategies.parallel_dims import ParallelDims
-from lit_interns1.strategies.parallelize import local, parallelize
+from lit_interns1.strategies.parallelize import local
 from lit_interns1.strategies.planning.fake_world import KnownValues, fake_mode
 from lit_interns1.strategies.planning.memory import StorageEvents
 from lit_interns1.strategies.planning.recorder import Counts, Kind, StepRecorder
@@ -94,10 +94,8 @@ def divide(module: LightningModule, strategy: MoEParallelStrategy, dims: Paralle
     Returns:
         Whether the sizes of the token dispatch follow from the shapes (else they are those of uniform routing).
     """
-    meshes = dims.build_meshes("cpu")
     exact = True
-    for model, plan in roots(module):
-        parallelize(model, plan, meshes, dims, strategy.precision, strategy.reshard_after_forward, strategy.dispatcher)
+    for plan in strategy.divide(module, dims.build_meshes("cpu"), dims):
         for layer in plan.expert_layers:
             dispatcher, router = layer.dispatcher, getattr(layer, "router", None)
             if type(dispatcher) is not AllToAllDispatcher:
@@ -246,7 +244,7 @@ class _Run:
         counts = self.recorder.counts = Counts()
         before = set(self.storages.live())
         output = self.module.training_step(batch, 0)
-        self.strategy._uses_sums, loss = self.strategy._window.take(output, accumulation)
+        loss = self.strategy.take_loss(output, accumulation)
         loss = loss["loss"] if isinstance(loss, dict) else loss
         if loss is None:
             raise ValueError(f"{type(self.module).__name__}.training_step gave no loss, so there is nothing to plan")
@@ -272,7 +270,7 @@ class _Run:
     def _finish(self, optimizer: torch.optim.Optimizer, clip: float | None) -> Counts:
         counts = self.recorder.counts = Counts()
         self.recorder.in_optimizer = True
-        self.strategy._scale(optimizer)
+        self.strategy.scale_gradients(optimizer)
         self.module.on_before_optimizer_step(optimizer)
         if clip:
             given = [p.grad for p in self.parameters if p.grad is not None]
