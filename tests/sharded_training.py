@@ -42,3 +42,27 @@ def environment(rank, world):
 
 def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def sparse_network(layers):
+    """A network of sparse layers that knows nothing of the kit's strategy, with weights."""
+    from torch import nn
+
+    from lit_interns1.nn.initialization import initialize_parameters
+    from lit_interns1.nn.moe import MoEFeedForward, RoutedExperts, TopKRouter
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(
+                MoEFeedForward(TopKRouter(16, 4, 2), RoutedExperts(4, 16, 8)) for _ in range(layers)
+            )
+            self.out = nn.Linear(16, 1)
+            initialize_parameters(self, std=0.3)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x)[0]
+            return self.out(x).squeeze(-1)
+
+    return Network()

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from distributed_harness import run_ranks
-from sharded_training import STEPS, batches, environment, whole
+from sharded_training import STEPS, batches, environment, sparse_network, whole
 
 ROWS = 4
 
@@ -86,27 +86,11 @@ def together(batches):
 
 def module():
     import lightning.pytorch as L
-    from torch import nn
-
-    from lit_interns1.nn.initialization import initialize_parameters
-    from lit_interns1.nn.moe import MoEFeedForward, RoutedExperts, TopKRouter
-
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList([MoEFeedForward(TopKRouter(16, 4, 2), RoutedExperts(4, 16, 8))])
-            self.out = nn.Linear(16, 1)
-
-        def forward(self, x):
-            for layer in self.layers:
-                x = x + layer(x)[0]
-            return self.out(x).squeeze(-1)
 
     class Foreign(L.LightningModule):
         def __init__(self):
             super().__init__()
-            self.network = Network()
-            initialize_parameters(self.network, std=0.3)
+            self.network = sparse_network(1)
             self.trained, self.evaluated, self.outputs = [], [], []
 
         def training_step(self, batch, batch_idx):

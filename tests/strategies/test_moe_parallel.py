@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from distributed_harness import run_ranks
-from sharded_training import batches, environment, whole
+from sharded_training import batches, environment, sparse_network, whole
 
 
 def train(rank, world, strategy, optimizer, changes, accumulation, clip):
@@ -145,27 +145,11 @@ def test_every_layout_trains_like_one_process(world):
 def foreign_module():
     """A LightningModule that knows nothing of the kit's strategy, built whole in `__init__`; its loss is a mean."""
     import lightning.pytorch as L
-    from torch import nn
-
-    from lit_interns1.nn.initialization import initialize_parameters
-    from lit_interns1.nn.moe import MoEFeedForward, RoutedExperts, TopKRouter
-
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList(MoEFeedForward(TopKRouter(16, 4, 2), RoutedExperts(4, 16, 8)) for _ in range(2))
-            self.out = nn.Linear(16, 1)
-
-        def forward(self, x):
-            for layer in self.layers:
-                x = x + layer(x)[0]
-            return self.out(x).squeeze(-1)
 
     class Foreign(L.LightningModule):
         def __init__(self):
             super().__init__()
-            self.network = Network()
-            initialize_parameters(self.network, std=0.3)
+            self.network = sparse_network(2)
 
         def training_step(self, batch, batch_idx):
             x, y = batch
