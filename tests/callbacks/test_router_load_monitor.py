@@ -1,6 +1,7 @@
 """The router monitor under the real Trainer: against counts of recorded choices, on several ranks, on transformers."""
 
 import csv
+import time
 import warnings
 from dataclasses import replace
 
@@ -8,17 +9,20 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
+import wandb
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import DataLoader
 
 from distributed_harness import run_ranks
 from lit_interns1.callbacks import RouterAlerts, RouterLoadMonitor, TokenClock
 from lit_interns1.callbacks.load_history import LoadHistory
 from lit_interns1.callbacks.router_alerts import AlertState
+from lit_interns1.callbacks.router_counter import RouterCounter
 from lit_interns1.models import LanguageModelConfig, MoEConfig
 from lit_interns1.modules import LanguageModelModule
 from lit_interns1.nn.moe.router_load import ROUTER_METRICS
 from sharded_training import batches, environment
+from wandb_history import history, records
 
 QUIET = RouterAlerts(dead_experts=False, max_violation=None)
 
@@ -276,6 +280,16 @@ def test_a_transformers_model_in_a_foreign_module(tmp_path, checkpointing):
         trainer_of(tmp_path, [TokenClock(), wrong]).fit(Foreign(), loader(data))
 
 
+def test_recomputation_in_backward_is_not_counted_again():
+    module = Foreign(checkpointing=True).train()
+    counter = RouterCounter()
+    counter.listen(module)
+    batch = {"input_ids": torch.arange(24).view(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    module.training_step(batch, 0).backward()
+    counter.stop()
+    assert torch.equal(counter.take(), counts_of(module.choices[0]).float())
+
+
 def test_dead_experts_are_reported_once_and_a_step_without_a_window_reads_nothing(tmp_path):
     monitor = RouterLoadMonitor(every_n_steps=1, alerts=RouterAlerts(after_logs=2, max_violation=None))
     with pytest.warns(UserWarning, match="12 of 16 experts got no token in 2 windows: layer 0 expert 2") as seen:
@@ -374,6 +388,27 @@ def test_history_is_bounded_and_read_back(tmp_path):
     for point, tokens in enumerate(history.tokens):
         assert tokens == (point + 1) * size
         assert history.loads[point][0, 0] == pytest.approx(np.mean(np.arange(point * size, (point + 1) * size)))
+
+
+def test_wandb_gets_heat_map_table_and_metrics(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(project="test", save_dir=str(tmp_path), offline=True)
+    monitor = RouterLoadMonitor(every_n_steps=1, alerts=RouterAlerts(after_logs=1, max_violation=0.01), heatmap_every=2)
+    with pytest.warns(UserWarning, match="load violation: 2 layers"):
+        trainer_of(tmp_path, [monitor], logger=logger).fit(
+            LanguageModelModule(config(), optimizer=sgd, seed=3), loader(batches(0, 1, 1))
+        )
+    wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    for _ in range(200):  # W&B's own process may still be writing
+        if any(record.WhichOneof("record_type") == "exit" for record in records(file)):
+            break
+        time.sleep(0.05)
+    rows = history(file)
+    assert len([row for row in rows if "router/all/max_violation_mean" in row]) == 3
+    assert len([row for row in rows if any(key.startswith("router/heatmap") for key in row)]) == 1
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/router/heatmap*.png"))
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/table/router/expert_load*.json"))
 
 
 @pytest.mark.parametrize(
