@@ -13,6 +13,7 @@ from lit_interns1.laws import (
     BatchSizeTable,
     NoiseScale,
     NoiseScaleAverage,
+    branched_critical_batch,
     crossings,
     fit_batch_size_curve,
     fit_batch_size_schedule,
@@ -21,6 +22,7 @@ from lit_interns1.laws import (
     kaplan_critical_batch,
     noise_scale,
     smooth_loss,
+    smoothed_final_loss,
 )
 
 PLANTED = BatchSizeCurve.smooth(s_min=1e4, s_1=1.2e4, s_opt=2e4, e_min=4e10, c=100, a_1=1.2e6)
@@ -375,3 +377,45 @@ def test_averages_are_taken_before_the_ratio():
     assert result.squared_gradient == pytest.approx(0.2, rel=0.25)
     first = NoiseScaleAverage(decay=0.9)
     assert first.update(NoiseScale(2.0, 6.0)).simple == pytest.approx(3)  # no bias towards zero at the start
+
+
+# --- by branching ---
+
+
+@pytest.mark.parametrize(
+    ("losses", "batch", "is_bound"),
+    [
+        ([3.000, 2.995, 3.004, 3.006], 400, False),  # 3.006 is 0.011 above the second
+        ([3.000, 3.009, 3.009, 3.009], 800, True),
+        ([3.000, 3.009, 3.018, 3.009], 800, True),  # the third loses, the fourth is within ε of all before it
+        ([3.000, 3.011, 3.020, float("nan")], 100, False),
+        ([3.000, float("inf"), 2.999, 3.010], 400, False),
+    ],
+)
+def test_the_branched_critical_batch_is_the_largest_that_loses_to_no_smaller_one(losses, batch, is_bound):
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        found = branched_critical_batch(np.array([100, 200, 400, 800])[order], np.array(losses)[order])
+        assert (found.batch, found.is_bound) == (batch, is_bound)
+
+
+def test_the_loss_of_a_branch_is_averaged_over_equal_tokens():
+    # steps of 4 tokens from 100 on, windows of 8: means 3, 2, 4 -> 3, 2.5, 3.25; the last step is outside
+    steps = [(104, 2.0), (108, 4.0), (112, 2.5), (116, 1.5), (120, 4.0), (124, 4.0), (128, 99.0)]
+    tokens, losses = zip(*steps, strict=True)
+    assert smoothed_final_loss(tokens, losses, 100, 128, 8) == pytest.approx(3.25)
+    assert smoothed_final_loss(tokens, losses, 100, 128, 8, weight=1.0) == pytest.approx(4.0)
+    # the same losses in steps of other sizes, one across the edge of a window
+    tokens, losses = [106, 110, 124, 126], [3.0, 2.0, 4.0, 1.0]
+    assert smoothed_final_loss(tokens, losses, 100, 124, 8, weight=1.0) == pytest.approx(4.0)
+    assert smoothed_final_loss(tokens, losses, 100, 108, 8) == pytest.approx((6 * 3.0 + 2 * 2.0) / 8)
+
+
+def test_unsuitable_branches_are_named():
+    with pytest.raises(ValueError, match=r"need two batch sizes or more, all different.*\[1.0, 1.0\]"):
+        branched_critical_batch([1, 1], [3, 3])
+    with pytest.raises(ValueError, match="smallest batch, 1 tokens per step, has no finite loss"):
+        branched_critical_batch([2, 1], [3, math.nan])
+    with pytest.raises(ValueError, match="from 0 to 5 tokens there is no window of 6"):
+        smoothed_final_loss([5], [1.0], 0, 5, 6)
+    with pytest.raises(ValueError, match="do not reach from 0 to 9"):
+        smoothed_final_loss([5], [1.0], 0, 9, 6)

@@ -1,7 +1,7 @@
 """Curve fits over small arrays, in float64 and without Lightning: plain arrays in, laws with their errors out.
 
 One fitter (`fitter`, `linear`) serves all: the power law of the loss (`power_law`), the learning rate
-(`learning_rate`), the batch size (`batch_size`, `batch_size_table`, `loss_curves`; older accounts in `critical_batch`)
+(`learning_rate`), the batch size (`batch_size`, `batch_size_table`, `loss_curves`; other accounts in `critical_batch`)
 and token weights that predict benchmarks (`salience`, `token_losses`, `salience_file`).
 """
 
@@ -14,12 +14,15 @@ from lit_interns1.laws.batch_size_table import (
     fit_batch_size_table,
 )
 from lit_interns1.laws.critical_batch import (
+    BranchedBatch,
     Hyperbola,
     NoiseScale,
     NoiseScaleAverage,
+    branched_critical_batch,
     fit_hyperbola,
     kaplan_critical_batch,
     noise_scale,
+    smoothed_final_loss,
 )
 from lit_interns1.laws.fitter import CurveFit, CurveFitter, percentile_interval
 from lit_interns1.laws.learning_rate import (
@@ -41,11 +44,12 @@ from lit_interns1.laws.salience_scores import ScoreMetrics, ScoreScale, mean_los
 from lit_interns1.laws.token_losses import TokenLosses
 
 __all__ = [
-    "BatchSizeCurve", "BatchSizeFit", "BatchSizeRow", "BatchSizeSchedule", "BatchSizeTable", "CapabilitySalience",
-    "CurveFit", "CurveFitter", "Hyperbola", "LinearFit", "LossCurve", "NoiseScale", "NoiseScaleAverage", "PowerLaw",
-    "RateExtrapolation", "RateLaw", "RateParabola", "RatePrediction", "SalienceFile", "SalienceFileError",
-    "SalienceFit", "ScoreMetrics", "ScoreScale", "TokenLosses", "crossings", "extrapolate_best_rate",
-    "fit_batch_size_curve", "fit_batch_size_schedule", "fit_batch_size_table", "fit_hyperbola", "fit_power_law",
-    "fit_rate_law", "fit_rate_parabola", "fit_salience", "kaplan_critical_batch", "linear_fit", "mean_loss_baseline",
-    "noise_scale", "percentile_interval", "published_rate_law", "load_salience", "score_metrics", "smooth_loss",
+    "BatchSizeCurve", "BatchSizeFit", "BatchSizeRow", "BatchSizeSchedule", "BatchSizeTable", "BranchedBatch",
+    "CapabilitySalience", "CurveFit", "CurveFitter", "Hyperbola", "LinearFit", "LossCurve", "NoiseScale",
+    "NoiseScaleAverage", "PowerLaw", "RateExtrapolation", "RateLaw", "RateParabola", "RatePrediction", "SalienceFile",
+    "SalienceFileError", "SalienceFit", "ScoreMetrics", "ScoreScale", "TokenLosses", "branched_critical_batch",
+    "crossings", "extrapolate_best_rate", "fit_batch_size_curve", "fit_batch_size_schedule", "fit_batch_size_table",
+    "fit_hyperbola", "fit_power_law", "fit_rate_law", "fit_rate_parabola", "fit_salience", "kaplan_critical_batch",
+    "linear_fit", "load_salience", "mean_loss_baseline", "noise_scale", "percentile_interval", "published_rate_law",
+    "score_metrics", "smooth_loss", "smoothed_final_loss",
 ]  # fmt: skip

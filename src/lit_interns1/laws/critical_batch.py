@@ -1,9 +1,10 @@
-"""Older accounts of the batch size, to compare with: the hyperbola, its critical batch, and the gradient noise scale.
+"""Other accounts of the batch size: the hyperbola, its critical batch, the gradient noise scale, and branches of a run.
 
 (E/E_min − 1)(S/S_min − 1) = 1,   B_crit = E_min/S_min                          arXiv 1812.06162, Eq. 2.11
 B_crit(L) = B* / L^(1/α),   B* = 2·10⁸ tokens, α = 0.21                          arXiv 2001.08361, Eq. 1.4
 |G|² = (B |g_B|² − b |g_b|²)/(B − b),   tr Σ = (|g_b|² − |g_B|²)/(1/b − 1/B)     arXiv 1812.06162, App. A.1
 B_simple = tr Σ / |G|²                                                          |G|² and tr Σ averaged on their own
+B_crit = max {k·B : L_k ≤ L_j + ε for all j < k},   L_k of a branch with batch k·B                arXiv 2505.23971
 """
 
 from __future__ import annotations
@@ -141,3 +142,82 @@ class NoiseScaleAverage:
         if self.weight == 0:
             return NoiseScale(float("nan"), float("nan"))
         return NoiseScale(self.squared_gradient_sum / self.weight, self.noise_sum / self.weight)
+
+
+# --- by branching ----------------------------------------------------------------------------------------------------
+
+
+def smoothed_final_loss(
+    tokens: ArrayLike, losses: ArrayLike, start: float, end: float, window: float, weight: float = 0.5
+) -> float:
+    """The loss at the end of a branch: means over equal windows of tokens, exponentially averaged.
+
+    Losses of single steps would be noisier for small batches than for large ones. Windows of equal tokens hold the same
+    rows in every branch, so that their noise is common.
+
+    Args:
+        tokens: (N,) consumed tokens at the end of each step, ascending.
+        losses: (N,) mean loss of each step.
+        start: Consumed tokens where the branch begins.
+        end: Consumed tokens up to which the loss counts; all branches must reach it.
+        window: Tokens of a window.
+        weight: α of m ← α · mean + (1 − α) · m, in (0, 1].
+
+    Returns:
+        m after the last whole window; NaN if a loss is.
+
+    Raises:
+        ValueError: If there is no whole window, or the losses do not reach from `start` to `end`.
+    """
+    tokens_N, losses_N = np.asarray(tokens, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    if not 0 < weight <= 1:
+        raise ValueError(f"weight={weight} must lie in (0, 1]")
+    if not 0 < window <= end - start:
+        raise ValueError(f"from {start:,.0f} to {end:,.0f} tokens there is no window of {window:,.0f}")
+    if not (len(tokens_N) and start < tokens_N[0] and end <= tokens_N[-1]):
+        raise ValueError(f"the branch's losses do not reach from {start:,.0f} to {end:,.0f} tokens")
+    sums = np.concatenate([[0.0], np.cumsum(losses_N * np.diff(tokens_N, prepend=start))])
+    edges = start + window * np.arange(int((end - start) // window) + 1)
+    means = np.diff(np.interp(edges, np.concatenate([[start], tokens_N]), sums)) / window
+    average = means[0]
+    for mean in means[1:]:
+        average = weight * mean + (1 - weight) * average
+    return float(average)
+
+
+@dataclass(frozen=True)
+class BranchedBatch:
+    """The critical batch size of a checkpoint.
+
+    Attributes:
+        batch: The largest batch size that loses nothing, tokens per step.
+        is_bound: Whether it was the largest that was tried, and the critical one may be larger.
+    """
+
+    batch: float
+    is_bound: bool
+
+
+def branched_critical_batch(batches: ArrayLike, losses: ArrayLike, tolerance: float = 0.01) -> BranchedBatch:
+    """The largest batch whose loss is within `tolerance` of the loss of every smaller one (arXiv 2505.23971).
+
+    Args:
+        batches: (K,) tokens per step, all different; K ≥ 2.
+        losses: (K,) smoothed loss at the end of each branch; one that is not finite has diverged.
+        tolerance: ε, nats per token.
+
+    Raises:
+        ValueError: For fewer than two batches, equal ones, a negative tolerance, or if the smallest batch diverged.
+    """
+    batches_K, losses_K = np.asarray(batches, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    if batches_K.shape != losses_K.shape or np.unique(batches_K).size < max(2, batches_K.size):
+        raise ValueError(f"need two batch sizes or more, all different, each with a loss; got {batches_K.tolist()}")
+    if tolerance < 0:
+        raise ValueError(f"tolerance={tolerance} must not be negative")
+    order = np.argsort(batches_K)
+    batches_K, losses_K = batches_K[order], np.where(np.isfinite(losses_K), losses_K, np.inf)[order]
+    if np.isinf(losses_K[0]):
+        raise ValueError(f"the branch of the smallest batch, {batches_K[0]:,.0f} tokens per step, has no finite loss")
+    best_before_K = np.minimum.accumulate(losses_K)
+    last = int(np.flatnonzero(losses_K <= best_before_K + tolerance)[-1])
+    return BranchedBatch(float(batches_K[last]), last == len(batches_K) - 1)

@@ -1,9 +1,9 @@
-"""Pictures of a batch-size law: where loss curves cross, tokens over steps to a loss, batch sizes over the loss."""
+"""Pictures of batch sizes: where loss curves cross, tokens over steps to a loss, batch size over loss, branches."""
 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -82,6 +82,29 @@ def batch_size_figure(table: BatchSizeTable, title: str = "Batch size over loss"
     axes.invert_xaxis()
     axes.set_xlabel("Training loss (nats per token)", fontsize=_TEXT_SIZE, color=_INK)
     _engineering(axes.yaxis)
+    axes.legend(loc="upper left", fontsize=_TEXT_SIZE - 1, labelcolor=_INK, frameon=False)
+    return figure
+
+
+def branch_figure(result: dict[str, Any], title: str = "Branches of one checkpoint") -> Figure:
+    """The loss of every branch over its batch size, the band within the tolerance, and the critical batch size.
+
+    Args:
+        result: What `lit-interns1 batch-size-branch` writes.
+    """
+    figure, axes = _figure(title, "Smoothed training loss (nats per token)")
+    known = [one for one in result["branches"] if one["loss"] is not None]
+    batches, losses = [one["batch"] for one in known], [one["loss"] for one in known]
+    best = np.minimum.accumulate(losses)
+    axes.fill_between(batches, best, best + result["tolerance"], color=BLUE, alpha=0.15, linewidth=0)
+    axes.plot(batches, losses, "o-", color=BLUE, linewidth=1.6, markersize=5)
+    mark = "≥ " if result["is_bound"] else ""
+    label = f"critical: {mark}{_batch(result['critical_batch'])}"
+    axes.axvline(result["critical_batch"], color=VERMILLION, linewidth=1.2, linestyle="--", label=label)
+    axes.set_xscale("log")
+    axes.set_xticks(batches)
+    axes.set_xlabel("Tokens per step", fontsize=_TEXT_SIZE, color=_INK)
+    _engineering(axes.xaxis)
     axes.legend(loc="upper left", fontsize=_TEXT_SIZE - 1, labelcolor=_INK, frameon=False)
     return figure
 
