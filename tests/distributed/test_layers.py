@@ -1,5 +1,7 @@
 """What layers do on several ranks: the same initial weights in every layout, the balance loss over all ranks."""
 
+from types import SimpleNamespace
+
 import torch
 
 from distributed_harness import run_ranks
@@ -88,15 +90,15 @@ def bias_after_a_step(rank, world_size):
 
     config = replace(CONFIG, moe=MoEConfig(8, 2, 32, router="sigmoid"))
     model = LanguageModel.create(config).train()
-    callback = ExpertBiasUpdate(rate=0.5)
+    callback, trainer = ExpertBiasUpdate(rate=0.5), SimpleNamespace(callbacks=[])
     callback.on_train_start(None, model)
     counts = torch.zeros(2, 8)
     for micro in range(2):
         tokens = torch.arange(40 * (rank + 1)) * (7 + rank + micro) % 96
         counts += torch.stack([stats.counts_E for stats in model(tokens).router_stats])
-    callback.on_before_optimizer_step(None, model, None)
+    callback.on_before_optimizer_step(trainer, model, None)
     model.eval()(torch.arange(5))  # evaluation does not count
-    callback.on_before_optimizer_step(None, model, None)
+    callback.on_before_optimizer_step(trainer, model, None)
     return counts, torch.stack([layer.router.expert_bias for layer in model.moe_layers])
 
 

@@ -419,3 +419,8 @@ def test_unsuitable_branches_are_named():
         smoothed_final_loss([5], [1.0], 0, 5, 6)
     with pytest.raises(ValueError, match="do not reach from 0 to 9"):
         smoothed_final_loss([5], [1.0], 0, 9, 6)
+
+
+def test_three_runs_far_apart_do_not_bend_below_zero():
+    fit = fit_batch_size_curve(np.array([100.0, 1000.0, 3000.0]), np.array([9e5, 1e5, 9e5]))
+    assert (fit.s_opt, fit.e_min, fit.b_opt) == (1000.0, 1e5, 100.0)

@@ -31,7 +31,8 @@ for rows in 8 16 32 64 128 256; do
     runs="$runs $out/b$rows"
 done
 # shellcheck disable=SC2086
-$command batch-size-law $runs --out "$out/law"
+# losses down to where the curves have crossed
+$command batch-size-law $runs --out "$out/law" --targets 5.5 5.2 5.0 4.9 4.8 4.7 4.65 4.6 4.55 4.52 4.49
 train schedule --config "$here/schedule.yaml" "$@" --data.global_batch_size 8 \
     --trainer.callbacks.schedule.artefact "$out/law/law.json"
 for run in $runs "$out/schedule"; do

@@ -382,10 +382,11 @@ def _parabola(steps_N: Floats, tokens_N: Floats) -> tuple[float, float, float]:
         unit_s, unit_e = steps_N[best], tokens_N[best]
         x, y = steps_N[near] / unit_s, tokens_N[near] / unit_e
         curvature, linear, constant = np.polyfit(x, y, 2, w=1 / y)
-        s_opt = -linear / (2 * curvature)
-        if curvature > 0 and steps_N[best - 1] < s_opt * unit_s < steps_N[best + 1]:
+        s_opt, e_min = -linear / (2 * curvature), constant - linear**2 / (4 * curvature)
+        if curvature > 0 and e_min > 0 and steps_N[best - 1] < s_opt * unit_s < steps_N[best + 1]:
             break
-    e_min = constant - linear**2 / (4 * curvature)
+    if e_min <= 0:  # points far apart bend below zero: the lowest stands for the minimum
+        return float(unit_s), float(unit_e), 0.0
     fitted = np.polyval([curvature, linear, constant], x)
     return float(s_opt * unit_s), float(e_min * unit_e), float(np.sqrt(np.mean(np.log(y / fitted) ** 2)))
 
