@@ -114,3 +114,15 @@ def test_a_schedule_is_added_to_a_run_by_a_second_config(tmp_path, monkeypatch):
     assert run.metric("batch/tokens_per_step").values.tolist() == [384, 384, 768, 768, 768, 768]
     assert run.metric("batch/switch").values.tolist() == [16]
     assert np.isfinite(run.metric("train/loss").values).all()
+
+
+def test_runs_of_different_models_are_refused(tmp_path, capsys):
+    paths = [write_run(tmp_path / f"b{batch}", batch) for batch in BATCHES[:3]]
+    for path, rows, width in zip(paths, (8, 16, 32), (64, 64, 96), strict=True):
+        data = f"data: {{init_args: {{global_batch_size: {rows}, row_length: 64}}}}"
+        (Path(path) / "config.yaml").write_text(f"model: {{init_args: {{config: {{hidden_size: {width}}}}}}}\n{data}\n")
+    with pytest.raises(SystemExit):
+        main(["batch-size-law", *paths, "--out", str(tmp_path / "law")])
+    message = "model.init_args.config.hidden_size is 64 in b1000 and 96 in b2200"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "law").exists()

@@ -35,6 +35,5 @@ done
 $command batch-size-law $runs --out "$out/law" --targets 5.5 5.2 5.0 4.9 4.8 4.7 4.65 4.6 4.55 4.52 4.49
 train schedule --config "$here/schedule.yaml" "$@" --data.global_batch_size 8 \
     --trainer.callbacks.schedule.artefact "$out/law/law.json"
-for run in $runs "$out/schedule"; do
-    echo "$run $(cut -d, -f1 "$run/metrics/metrics.csv" | tail -1) steps"
-done
+# shellcheck disable=SC2086
+$command report "$out/schedule" --compare $runs

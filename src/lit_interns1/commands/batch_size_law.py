@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -91,6 +91,38 @@ def check_rates(runs: Sequence[ConstantBatchRun]) -> None:
         raise ValueError(f"the law holds at one learning rate, and the runs have several ({listing}); --any_rate fits")
 
 
+_MAY_DIFFER = ("global_batch_size", "micro_batch_size", "num_workers", "pin_memory", "cache_dir", "lr")
+
+
+def check_settings(paths: Sequence[str | Path]) -> None:
+    """Raises ValueError if runs that have a `config.yaml` differ in their model or data: their curves then say nothing
+    about batch sizes."""
+    from lit_interns1.reports import RunDirectory
+
+    first: tuple[str, dict[str, Any]] | None = None
+    for path in paths:
+        run = RunDirectory(path)
+        if not run.config_file.is_file():
+            continue
+        config = run.config()
+        settings = dict(_leaves({key: config.get(key) for key in ("model", "data")}))
+        name, expected = first = first or (Path(path).name, settings)
+        for key in sorted(settings.keys() | expected.keys()):
+            if key.split(".")[-1] not in _MAY_DIFFER and settings.get(key) != expected.get(key):
+                raise ValueError(
+                    f"the runs differ in more than their batch size: {key} is {expected.get(key)!r} in {name} and "
+                    f"{settings.get(key)!r} in {Path(path).name}"
+                )
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _leaves(entry, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
 def artefact_of(table: BatchSizeTable, runs: Sequence[ConstantBatchRun], metric: str) -> dict[str, Any]:
     """What is written: the table, the law in tokens (None where fewer than two losses have a B_opt), and the runs."""
     from lit_interns1.optim.batch_schedules import ARTEFACT_FORMAT
@@ -165,6 +197,7 @@ def fit_law(
     from lit_interns1.reports.batch_size_figures import batch_size_figure, crossing_figure, token_step_figure
 
     found = [read_run(path, metric) for path in runs]
+    check_settings(runs)
     if not any_rate:
         check_rates(found)
     table = fit_batch_size_table(

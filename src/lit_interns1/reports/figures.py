@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -330,10 +330,8 @@ def _token_ticks(axes: Axes, number: int) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(
-        loc="upper right", fontsize=_TEXT_SIZE - 1, labelcolor=_INK, frameon=True, framealpha=0.9, edgecolor="none"
-    )
+def _legend(axes: Axes, loc: Literal["upper right", "best"] = "upper right") -> None:
+    axes.legend(loc=loc, fontsize=_TEXT_SIZE - 1, labelcolor=_INK, frameon=True, framealpha=0.9, edgecolor="none")
 
 
 def _label_lines(axes: Axes, lines: Mapping[str, float], colours: tuple[str, ...] = _REFERENCE_COLOURS) -> None:

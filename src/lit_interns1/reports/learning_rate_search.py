@@ -264,7 +264,7 @@ def rate_search_figure(result: RateSearchResult, title: str = "Learning-rate sea
     axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
     axes.minorticks_off()
     axes.set_xlabel("Learning rate", fontsize=_TEXT_SIZE)
-    _legend(axes)
+    _legend(axes, loc="best")
     return figure
 
 
