@@ -283,3 +283,12 @@ def test_hardware_of_a_file(tmp_path):
     )
     with pytest.raises(ValueError, match="memory = -1 must be a positive number"):
         load_hardware(str(path))
+
+
+def test_gradients_are_summed_over_ranks_once_per_step_however_many_micro_batches():
+    def scattered(accumulation):
+        calls = plan(2, EP2, {}, accumulation).cost.calls
+        return {kind: number for kind, number in calls.items() if kind.operation == "reduce-scatter"}
+
+    assert sum(scattered(1).values()) > 0
+    assert scattered(3) == scattered(1)
