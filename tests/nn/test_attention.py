@@ -12,7 +12,7 @@ LENGTHS = {
 }
 
 
-def oracle(q, k, v, lengths):
+def oracle(q, k, v, lengths, causal=True):
     """Softmax attention document by document in float64, written out."""
     q, k, v = q.double(), k.double(), v.double()
     share = q.shape[1] // k.shape[1]
@@ -22,7 +22,8 @@ def oracle(q, k, v, lengths):
         for_heads = []
         for head in range(q.shape[1]):
             scores = q[rows, head] @ k[rows, head // share].T / q.shape[-1] ** 0.5
-            scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+            if causal:
+                scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
             for_heads.append(scores.softmax(-1) @ v[rows, head // share])
         outputs.append(torch.stack(for_heads, 1))
         start += n
@@ -34,16 +35,17 @@ def random_qkv(tokens, heads=4, kv_heads=2, d=16):
     return [torch.randn(tokens, n, d, generator=generator) for n in (heads, kv_heads, kv_heads)]
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("backend", ["sdpa", "flex", "dense"])
 @pytest.mark.parametrize("case", LENGTHS)
-def test_values_and_gradients_equal_documents_written_out(backend, case):
+def test_values_and_gradients_equal_documents_written_out(backend, case, causal):
     lengths = LENGTHS[case]
     boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     leaves = random_qkv(sum(lengths))
     ours = [x.clone().requires_grad_() for x in leaves]
     reference = [x.clone().requires_grad_() for x in leaves]
-    attend = DocumentAttention(boundaries, backend)
-    expected = oracle(*reference, lengths)
+    attend = DocumentAttention(boundaries, backend, causal)
+    expected = oracle(*reference, lengths, causal)
     if backend == "flex":
         with pytest.raises(ValueError, match="no backward pass on CPUs"):
             attend(0, *ours)

@@ -1,10 +1,11 @@
-"""Causal attention inside the documents of a packed micro-batch.
+"""Attention inside the documents of a packed micro-batch.
 
-    token i attends to token j  ⇔  document(i) = document(j) and j ≤ i
+    token i attends to token j  ⇔  document(i) = document(j), and j ≤ i if it is causal
 
 Back-ends, equal up to rounding:
   sdpa   documents are gathered into groups of similar length, padded on the right, and given to
          `scaled_dot_product_attention(is_causal=True)`. No mask is needed: a padded key comes after every real query.
+         Without causality (images, whose tokens see one another) a group holds documents of one length and no padding.
          The work is Σ length² over documents, not (rows × row length)².
   flex   `flex_attention` with a block mask of the documents (compiled on CUDA; without backward on CPUs).
   dense  one boolean mask over all pairs of tokens: the reference, quadratic in the micro-batch.
@@ -30,20 +31,22 @@ class Attend(Protocol):
         ...
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
     """Scaled dot-product attention with grouped heads.
 
     Args:
         q: (N, query length, heads, d).
         k: (N, key length, key/value heads, d).
         v: As `k`.
-        mask: Boolean, broadcastable to (N, heads, query length, key length), True = may attend. None = causal.
+        mask: Boolean, broadcastable to (N, heads, query length, key length), True = may attend.
+        causal: Without a mask: a query sees the keys up to its own place, otherwise all.
 
     Returns:
         (N, query length, heads, d).
     """
     output = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
+        is_causal=causal and mask is None,
         enable_gqa=q.shape[2] != k.shape[2],
     )  # fmt: skip
     return output.transpose(1, 2)
@@ -97,20 +100,21 @@ def _length_groups(lengths: Tensor, tolerance: float = 0.75, floor: int = 32) ->
 
 
 class DocumentAttention:
-    """Causal attention inside documents; built once per micro-batch and shared by all layers.
+    """Attention inside documents; built once per micro-batch and shared by all layers.
 
     Args:
         cu_seqlens: (D+1,) cumulative document lengths, from 0 to T. Empty documents are allowed.
         backend: See the module's docstring.
+        causal: A token sees only those before it and itself; False: all of its document.
 
     Raises:
         ValueError: If the back-end is unknown, or cu_seqlens does not start with 0 or decreases.
     """
 
-    def __init__(self, cu_seqlens: Tensor, backend: AttentionBackend = "sdpa") -> None:
+    def __init__(self, cu_seqlens: Tensor, backend: AttentionBackend = "sdpa", causal: bool = True) -> None:
         if backend not in ("sdpa", "flex", "dense"):
             raise ValueError(f"attention backend {backend!r} is unknown: choose sdpa, flex or dense")
-        self.backend = backend
+        self.backend, self.causal = backend, causal
         self.device = cu_seqlens.device
         boundaries = cu_seqlens.detach().cpu().long()
         self._lengths = boundaries.diff()
@@ -132,7 +136,8 @@ class DocumentAttention:
             return [(len(lengths), int(lengths[0]))], None, None
         groups: list[tuple[int, int]] = []
         padded_index, real_rows, tokens, base = [], [], [], 0
-        for longest, members in _length_groups(lengths):
+        alike = {} if self.causal else {"tolerance": 1.0, "floor": 0}
+        for longest, members in _length_groups(lengths, **alike):
             offset = torch.arange(longest)
             inside = offset < lengths[members, None]
             index = starts[members, None] + torch.minimum(offset, lengths[members, None] - 1)
@@ -154,7 +159,8 @@ class DocumentAttention:
         document_T = self._document_T
 
         def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (document_T[query] == document_T[key]) & (key <= query)
+            same = document_T[query] == document_T[key]
+            return same & (key <= query) if self.causal else same
 
         return create_block_mask(same_document, None, None, self.num_tokens, self.num_tokens, device=str(self.device))
 
@@ -178,22 +184,22 @@ class DocumentAttention:
                 0, 1
             )
         if self.backend == "dense":
-            position = torch.arange(self.num_tokens, device=self.device)
-            mask = (self._document_T[:, None] == self._document_T) & (position <= position[:, None])
-            return causal_attention(q_THd[None], k_TGd[None], v_TGd[None], mask)[0]
+            mask = self._document_T[:, None] == self._document_T
+            return grouped_attention(q_THd[None], k_TGd[None], v_TGd[None], mask.tril() if self.causal else mask)[0]
 
         groups, padded_index, real_index = self._padding_plan
         if padded_index is None or real_index is None:
             documents, length = groups[0]
             shape = (documents, length)
             q, k, v = (x.view(*shape, *x.shape[1:]) for x in (q_THd, k_TGd, v_TGd))
-            return causal_attention(q, k, v).reshape(q_THd.shape)
+            return grouped_attention(q, k, v, causal=self.causal).reshape(q_THd.shape)
         q, k, v = (_PadRows.apply(x, padded_index, real_index) for x in (q_THd, k_TGd, v_TGd))
         outputs, start = [], 0
         for documents, length in groups:
             stop = start + documents * length
             parts = (x[start:stop].view(documents, length, *x.shape[1:]) for x in (q, k, v))
-            outputs.append(causal_attention(*parts).reshape(documents * length, *q.shape[1:]))
+            attended = grouped_attention(*parts, causal=self.causal)
+            outputs.append(attended.reshape(documents * length, *q.shape[1:]))
             start = stop
         return _TakeRows.apply(torch.cat(outputs), real_index)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_interns1.nn.document_attention import AttentionBackend, DocumentAttention, causal_attention
+from lit_interns1.nn.document_attention import AttentionBackend, DocumentAttention, grouped_attention
 
 
 class KeyValueCache:
@@ -98,8 +98,8 @@ class CachedAttention:
             return self._prompts(layer, q_THd, k_TGd, v_TGd)
         k_past, v_past = (x[:, : self._longest].to(q_THd.dtype) for x in (keys, values))
         if self._one_each:
-            return causal_attention(q_THd[:, None], k_past, v_past, self._mask)[:, 0]
+            return grouped_attention(q_THd[:, None], k_past, v_past, self._mask)[:, 0]
         padded = q_THd.new_zeros(len(keys) * len(self._row), *q_THd.shape[1:])
         padded[self._slot_T] = q_THd
-        output = causal_attention(padded.view(len(keys), len(self._row), *q_THd.shape[1:]), k_past, v_past, self._mask)
+        output = grouped_attention(padded.view(len(keys), len(self._row), *q_THd.shape[1:]), k_past, v_past, self._mask)
         return output.reshape(-1, *q_THd.shape[1:])[self._slot_T]
