@@ -12,13 +12,15 @@ from lit_interns1.nn.rotary import kept_frequencies
 Config = TypeVar("Config", "LanguageModelConfig", "MoEConfig", "PositionConfig")
 
 
-def _positive(config: object, *names: str) -> None:
+def check_positive(config: object, *names: str) -> None:
+    """Raises ValueError unless the named fields are at least 1."""
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{type(config).__name__}.{name} must be at least 1, got {getattr(config, name)}")
 
 
-def _divides(whole: tuple[str, int], part: tuple[str, int]) -> None:
+def check_divides(whole: tuple[str, int], part: tuple[str, int]) -> None:
+    """Raises ValueError, with both names and numbers, unless the second divides the first."""
     if whole[1] % part[1]:
         raise ValueError(f"{whole[0]} = {whole[1]} must be divisible by {part[0]} = {part[1]}")
 
@@ -56,7 +58,7 @@ class PositionConfig:
 
     def __post_init__(self) -> None:
         _one_of("positions.kind", self.kind, ("rope", "fope"))
-        _positive(self, "max_position_embeddings")
+        check_positive(self, "max_position_embeddings")
         if self.theta <= 1:
             raise ValueError(f"positions.theta must be above 1, got {self.theta}")
 
@@ -95,14 +97,14 @@ class MoEConfig:
     expert_backend: Literal["auto", "fused", "grouped_mm", "loop"] = "auto"
 
     def __post_init__(self) -> None:
-        _positive(self, "num_experts", "experts_per_token", "intermediate_size", "num_groups")
+        check_positive(self, "num_experts", "experts_per_token", "intermediate_size", "num_groups")
         _one_of("moe.router", self.router, tuple(ROUTERS))
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"moe.experts_per_token = {self.experts_per_token} exceeds moe.num_experts = {self.num_experts}"
             )
-        _divides(("moe.num_experts", self.num_experts), ("moe.num_groups", self.num_groups))
-        _divides(("moe.experts_per_token", self.experts_per_token), ("moe.num_groups", self.num_groups))
+        check_divides(("moe.num_experts", self.num_experts), ("moe.num_groups", self.num_groups))
+        check_divides(("moe.experts_per_token", self.experts_per_token), ("moe.num_groups", self.num_groups))
         if self.router == "topk" and self.num_groups > 1:
             raise ValueError(f"moe.num_groups = {self.num_groups} needs moe.router = 'grouped', got 'topk'")
         if self.router == "sigmoid" and self.router_gradient == "ste":
@@ -157,9 +159,9 @@ class LanguageModelConfig:
     activation_checkpointing: Literal["none", "block"] = "none"
 
     def __post_init__(self) -> None:
-        _positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        _divides(("num_heads", self.num_heads), ("num_kv_heads", self.num_kv_heads))
-        _divides(("head_dim", self.head_dim), ("2 (halves of a rotation)", 2))
+        check_positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        check_divides(("num_heads", self.num_heads), ("num_kv_heads", self.num_kv_heads))
+        check_divides(("head_dim", self.head_dim), ("2 (halves of a rotation)", 2))
         _one_of("attention_backend", self.attention_backend, ("sdpa", "flex", "dense"))
         _one_of("activation_checkpointing", self.activation_checkpointing, ("none", "block"))
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
