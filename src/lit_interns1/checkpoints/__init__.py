@@ -7,11 +7,12 @@ from lit_interns1.checkpoints.huggingface import (
     load_pretrained_weights,
 )
 from lit_interns1.checkpoints.publish import partial_path, publish, remove_published
+from lit_interns1.checkpoints.reading import CONFIG_KEY, read_checkpoint
 from lit_interns1.checkpoints.sharded import UnsafeCheckpointError, load_sharded
 from lit_interns1.checkpoints.sharded_writer import METADATA_FILE, ShardedWriter
 
 __all__ = [
-    "METADATA_FILE",
+    "CONFIG_KEY", "METADATA_FILE",
     "ShardedWriter", "UnsafeCheckpointError", "WeightsError", "config_from_pretrained", "load_pretrained_model",
-    "load_pretrained_weights", "load_sharded", "partial_path", "publish", "remove_published",
+    "load_pretrained_weights", "load_sharded", "partial_path", "publish", "read_checkpoint", "remove_published",
 ]  # fmt: skip

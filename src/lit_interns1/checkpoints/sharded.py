@@ -78,6 +78,16 @@ class _SafePlanner(DefaultLoadPlanner):
             self.state_dict[read_item.dest_index.fqn] = entry
 
 
+def read_sharded_metadata(path: str | Path) -> Metadata:
+    """What a sharded checkpoint says that its files hold.
+
+    Raises:
+        FileNotFoundError: If the folder has no metadata.
+        UnsafeCheckpointError: If they name more than data.
+    """
+    return _SafeReader(path).read_metadata()
+
+
 def load_sharded(state: dict[str, Any], path: str | Path, allow_missing: bool = False) -> None:
     """Reads a sharded checkpoint into `state`, resharding to its tensors' present layout.
 

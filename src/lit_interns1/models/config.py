@@ -213,6 +213,16 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     return replace(config, **values)
 
 
+def config_from_dict(values: Mapping[str, Any]) -> LanguageModelConfig:
+    """The config that `dataclasses.asdict` was taken of."""
+    given = dict(values)
+    moe = given.get("moe")
+    given["moe"] = MoEConfig(**moe) if moe is not None else None
+    given["positions"] = PositionConfig(**given["positions"])
+    given["dense_layers"] = tuple(given["dense_layers"])
+    return LanguageModelConfig(**given)
+
+
 def differing_fields(saved: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Fields of the architecture in which two configs differ, as "name: saved → present"."""
     run_time = {"attention_backend", "activation_checkpointing", "expert_backend", "freeze_router", "router_gradient"}

@@ -5,7 +5,7 @@ loss = cross-entropy over tokens + α · balance + α_z · router z, as a `Summe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from lit_interns1.callbacks import ExpertBiasUpdate, TokenClock, TokenExactLoss, TokenLearningRate
-from lit_interns1.checkpoints import METADATA_FILE, load_sharded
+from lit_interns1.checkpoints import CONFIG_KEY, load_sharded, read_checkpoint
 from lit_interns1.checkpoints.huggingface import (
     LoadedWeights,
     WeightsError,
@@ -26,8 +26,8 @@ from lit_interns1.checkpoints.huggingface import (
     load_pretrained_weights,
 )
 from lit_interns1.data.packed_batch import PackedBatch
-from lit_interns1.models import LanguageModel, LanguageModelConfig, MoEConfig, PositionConfig, preset
-from lit_interns1.models.config import changed, differing_fields
+from lit_interns1.models import LanguageModel, LanguageModelConfig, preset
+from lit_interns1.models.config import changed, config_from_dict, differing_fields
 from lit_interns1.models.language_model import LanguageModelOutput
 from lit_interns1.nn.head import TokenScores
 from lit_interns1.nn.initialization import materialize
@@ -36,19 +36,6 @@ from lit_interns1.objectives import NextTokenCrossEntropy
 from lit_interns1.objectives.token_loss_metric import GroupedTokenLoss
 from lit_interns1.optim import TokenSchedule, weight_decay_groups
 from lit_interns1.training import SummedLoss, WindowMeans, token_weight
-
-CONFIG_KEY = "language_model_config"
-"""Where a checkpoint holds the model's config, as plain values."""
-
-
-def config_from_dict(values: Mapping[str, Any]) -> LanguageModelConfig:
-    """The config that `dataclasses.asdict` was taken of."""
-    fields = dict(values)
-    moe = fields.get("moe")
-    fields["moe"] = MoEConfig(**moe) if moe is not None else None
-    fields["positions"] = PositionConfig(**fields["positions"])
-    fields["dense_layers"] = tuple(fields["dense_layers"])
-    return LanguageModelConfig(**fields)
 
 
 class LanguageModelModule(LightningModule):
@@ -231,30 +218,6 @@ class LanguageModelModule(LightningModule):
         differences = differing_fields(saved, asdict(self.config))
         if differences:
             raise ValueError("the checkpoint holds another architecture (saved → present): " + "; ".join(differences))
-
-
-def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A checkpoint of a run, unpickled without running code: one file, or of a sharded one all but the tensors.
-
-    Raises:
-        FileNotFoundError: If there is no such file or folder.
-        ValueError: If it is truncated or is no checkpoint.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    file = path / METADATA_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{path} is no checkpoint of a run: it has no {METADATA_FILE}")
-    try:
-        checkpoint = torch.load(file, map_location=device, weights_only=True, mmap=True)
-    except Exception as error:
-        reason = str(error).split(". ")[0]
-        raise ValueError(f"checkpoint {path} cannot be read (truncated, or no checkpoint): {reason}") from None
-    wanted = "global_step" if path.is_dir() else "state_dict"
-    if not isinstance(checkpoint, dict) or wanted not in checkpoint:
-        raise ValueError(f"{path} is no checkpoint of a run: it has no {wanted!r}")
-    return checkpoint
 
 
 def load_language_model(path: str | Path, device: torch.device | str = "cpu") -> LanguageModel:
