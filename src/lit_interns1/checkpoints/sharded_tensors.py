@@ -157,14 +157,12 @@ class ShardedTensors:
         except Exception as error:
             raise ValueError(f"checkpoint {self.path}: {name} cannot be read: {str(error).split('. ')[0]}") from None
         item = dtype.itemsize
-        reach = (
-            sum((n - 1) * step for n, step in zip(shape, stored.stride(), strict=False)) + 1 if 0 not in shape else 0
-        )
-        needed = (stored.storage_offset() + reach) * item
-        if tuple(stored.shape) != shape or stored.dtype != dtype or needed > size or first + size > chunk.length:
+        last = sum((n - 1) * step for n, step in zip(stored.shape, stored.stride(), strict=True))
+        end = (stored.storage_offset() + last + 1) * item if stored.numel() else 0
+        if tuple(stored.shape) != shape or stored.dtype != dtype or end > size or first + size > chunk.length:
             raise ValueError(
-                f"checkpoint {self.path} is damaged: {name} is {tuple(stored.shape)} {stored.dtype} in {chunk.file.name}, "
-                f"{shape} {dtype} in the metadata"
+                f"checkpoint {self.path} is damaged: {name} is {tuple(stored.shape)} {stored.dtype} in "
+                f"{chunk.file.name}, {shape} {dtype} in the metadata"
             )
         if not plain:
             raise ValueError(f"checkpoint {self.path}: {name} is stored compressed, so it cannot be mapped")

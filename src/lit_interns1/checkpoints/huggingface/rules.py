@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from torch import Tensor
+
 from lit_interns1.checkpoints.huggingface.files import Window
 
 
@@ -67,6 +69,24 @@ class Piece:
             return None
         moved = tuple(slice(o.start - b.start, o.stop - b.start) for o, b in zip(ours, self.box, strict=True))
         return ours, self._in_file(moved)
+
+    def as_ours(self, values: Tensor) -> Tensor:
+        """Numbers of a window of the file as they lie in our box."""
+        values = values.mT if self.transposed else values
+        return values[None] if self.is_matrix else values
+
+    def as_theirs(self, values: Tensor) -> Tensor:
+        """Numbers of a window of our box as they lie in the file; the inverse of `as_ours`."""
+        values = values[0] if self.is_matrix else values
+        return values.mT if self.transposed else values
+
+    def in_ours(self, window: Window) -> Window:
+        """The window of our tensor that a window of the file fills."""
+        theirs = list(window)
+        if self.transposed:
+            theirs[-2], theirs[-1] = theirs[-1], theirs[-2]
+        inside = [slice(0, 1), *theirs] if self.is_matrix else theirs
+        return tuple(slice(b.start + w.start, b.start + w.stop) for b, w in zip(self.box, inside, strict=True))
 
 
 @dataclass(frozen=True)
