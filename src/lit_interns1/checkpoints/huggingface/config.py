@@ -2,6 +2,7 @@
 
 transformers has renamed fields: in files that its fifth version writes, `num_experts` is `num_local_experts`, and
 `rope_theta` with `rope_scaling` is `rope_parameters`. Both spellings are read; where both are there, they must agree.
+The tables are read backwards by `config_writer`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,14 @@ DECODER_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Fields that every config must have: ours, and how files spell them."""
 
+DEFAULTED_FIELDS: dict[str, tuple[str, ...]] = {
+    "num_kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "rms_norm_eps": ("rms_norm_eps",),
+    "initializer_range": ("initializer_range",),
+}
+"""Fields that may be left out of a file."""
+
 MOE_FIELDS: dict[str, tuple[str, ...]] = {
     "num_experts": ("num_experts", "num_local_experts"),
     "experts_per_token": ("num_experts_per_tok",),
@@ -37,15 +46,21 @@ MOE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """The same for sparse layers."""
 
-_ONLY: dict[str, tuple[Any, ...]] = {
+ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
-    "mlp_bias": (False,),
     "attention_dropout": (0.0,),
+    "mlp_bias": (False,),
     "partial_rotary_factor": (1.0,),
     "pretraining_tp": (1,),
 }
 """Fields that change the network, with the values that ours has."""
+
+RUN_CHOICES = frozenset((
+    "attention_backend", "activation_checkpointing", "expert_backend", "freeze_router", "router_gradient",
+    "ste_temperature", "router_dtype", "head_dtype", "fope_seed", "fope_trainable",
+))  # fmt: skip
+"""Fields of ours that no file has: how a network is computed and trained."""
 
 _NO_MEANING = frozenset((
     "_name_or_path", "add_cross_attention", "architectures", "auto_map", "bad_words_ids", "begin_suppress_tokens",
@@ -131,7 +146,7 @@ def end_of_text_ids(folder: str | Path) -> list[int]:
     """Tokens that end a text, as generation_config.json or else config.json says; empty if neither does."""
     for name in (GENERATION_CONFIG_FILE, CONFIG_FILE):
         values = read_json(Path(folder) / name) if (Path(folder) / name).is_file() else {}
-        for part in (values, values.get("text_config") or {}):
+        for part in (values, *(values.get(layout.text_key) or {} for layout in LAYOUTS.values())):
             if (ids := part.get("eos_token_id")) is not None:
                 return list(ids) if isinstance(ids, list) else [int(ids)]
     return []
@@ -143,7 +158,19 @@ def read_pretrained_config(folder: str | Path) -> PretrainedConfig:
     if not folder.is_dir():
         raise WeightsError(f"{folder} is no folder of this machine: names of the Hub must be downloaded first")
     path = folder / CONFIG_FILE
-    values = read_json(path)
+    return parse_pretrained_config(read_json(path), path)
+
+
+def parse_pretrained_config(values: Mapping[str, Any], path: str | Path = CONFIG_FILE) -> PretrainedConfig:
+    """What the values of a config.json say.
+
+    Args:
+        values: Its content.
+        path: Where they are from, for messages.
+
+    Raises:
+        WeightsError: As `config_from_pretrained`.
+    """
     name = values.get("model_type")
     if name not in LAYOUTS:
         architecture = " ".join(values.get("architectures") or ["no architecture"])
@@ -151,9 +178,9 @@ def read_pretrained_config(folder: str | Path) -> PretrainedConfig:
     layout = LAYOUTS[name]
     text, where = values, str(path)
     if layout.text_types:
-        text, where = values.get("text_config"), f"{path}: text_config"  # type: ignore[assignment]
+        text, where = values.get(layout.text_key), f"{path}: {layout.text_key}"  # type: ignore[assignment]
         if not isinstance(text, dict):
-            raise WeightsError(f"{path} has no text_config")
+            raise WeightsError(f"{path} has no {layout.text_key}")
         if text.get("model_type") not in layout.text_types:
             raise WeightsError(
                 f"{where}: model_type = {text.get('model_type')!r} is unknown in {name}: known are "
@@ -179,34 +206,36 @@ def read_pretrained_config(folder: str | Path) -> PretrainedConfig:
 
 
 def _decoder(fields: _Fields, text_type: str, tied: bool) -> LanguageModelConfig:
-    for name, allowed in _ONLY.items():
+    for name, allowed in ONLY.items():
         fields.only(name, allowed)
     _full_attention_only(fields)
     shape = {ours: fields.need(*theirs) for ours, theirs in DECODER_FIELDS.items()}
     layers, heads = shape["num_layers"], shape["num_heads"]
     dense_layers: tuple[int, ...] = tuple(range(layers))
     moe = None
-    if text_type in _SPARSE_ROUTERS:
+    if text_type in SPARSE_ROUTERS:
         step, listed = fields.get("decoder_sparse_step", default=1), fields.get("mlp_only_layers", default=[])
         dense_layers = tuple(i for i in range(layers) if i in listed or (i + 1) % step)
         moe = MoEConfig(
-            **{ours: fields.need(*theirs) for ours, theirs in MOE_FIELDS.items()}, **_SPARSE_ROUTERS[text_type](fields)
+            **{ours: fields.need(*theirs) for ours, theirs in MOE_FIELDS.items()}, **SPARSE_ROUTERS[text_type](fields)
         )
-    head_dim = fields.get("head_dim", default=128 if text_type == "qwen3" else shape["hidden_size"] // heads)
+    defaults = {
+        "num_kv_heads": heads,
+        "head_dim": 128 if text_type == "qwen3" else shape["hidden_size"] // heads,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+    }
+    shape |= {ours: fields.get(*theirs, default=defaults[ours]) for ours, theirs in DEFAULTED_FIELDS.items()}
     intermediate_size = fields.need("intermediate_size") if dense_layers else 0
     fields.get("intermediate_size")  # without dense layers it has no meaning
     return LanguageModelConfig(
         **shape,
-        num_kv_heads=fields.get("num_key_value_heads", default=heads),
-        head_dim=head_dim,
         intermediate_size=intermediate_size,
         moe=moe,
         dense_layers=dense_layers if moe is not None else (),
-        positions=_positions(fields, text_type, head_dim),
-        qk_norm=text_type != "llama",
-        rms_norm_eps=fields.get("rms_norm_eps", default=1e-6),
+        positions=_positions(fields, text_type, shape["head_dim"]),
+        qk_norm=text_type not in WITHOUT_QK_NORM,
         tie_word_embeddings=tied,
-        initializer_range=fields.get("initializer_range", default=0.02),
     )
 
 
@@ -226,12 +255,18 @@ def _grouped(fields: _Fields) -> dict[str, Any]:
     return {"normalize_weights": fields.need("norm_topk_prob"), "router_gradient": "ste", **router}
 
 
-_SPARSE_ROUTERS = {
+SPARSE_ROUTERS = {
     "qwen3_moe": _top_k,
     "qwen3_vl_moe_text": _always_normalized,
     "interns1_pro_text": _grouped,
 }
 """How text types with sparse layers describe their router."""
+
+WITHOUT_QK_NORM = frozenset(("llama",))
+"""Text types that do not normalise queries and keys."""
+
+RELEASED_SIN_PAD = 1.0
+"""Padded sine channels of FoPE in the released code of Intern-S1-Pro; no file says it."""
 
 _MORE_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "qwen3_vl_moe_text": ("mrope_section", "mrope_interleaved"),  # text has equal positions on all axes: plain RoPE
@@ -279,7 +314,7 @@ def _positions(fields: _Fields, text_type: str, head_dim: int) -> PositionConfig
         fope_init_factor=known["fope_init_factor"] if known["fope_init_factor"] is not None else 0.0,
         fope_separate_heads=bool(rope.get("fope_sep_head", "fope_sep_heads", default=False)),
         fope_num_frequencies=frequencies,
-        fope_sin_pad=1.0,
+        fope_sin_pad=RELEASED_SIN_PAD,
     )
 
 

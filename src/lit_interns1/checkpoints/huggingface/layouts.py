@@ -63,16 +63,20 @@ class Layout:
 
     Attributes:
         name: `model_type` of config.json.
+        architecture: Class of the whole model, as `architectures` of config.json names it.
         rules: The table.
-        text_types: What may stand as `model_type` in `text_config`; empty: there is no `text_config`.
+        text_types: What may stand as `model_type` of the text part; empty: config.json describes nothing but text.
+        text_key: Where config.json keeps the text part, if it has more.
         elsewhere: Tensors of these files that are no part of a language model, as patterns with `*`: other modules, and
             buffers that are computed.
     """
 
     name: str
+    architecture: str
     rules: tuple[Rule, ...]
     text_types: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
+    text_key: str = "text_config"
 
 
 def _decoder(
@@ -111,23 +115,26 @@ _NATIVE_ENCODERS = ("model.visual.*", "model.time_series.*", "time_series.*")
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        Layout("llama", _decoder(_PLAIN), elsewhere=_FREQUENCIES),
-        Layout("qwen3", _decoder(_PLAIN), elsewhere=_FREQUENCIES),
-        Layout("qwen3_moe", _decoder(_PLAIN, _SPARSE), elsewhere=_FREQUENCIES),
+        Layout("llama", "LlamaForCausalLM", _decoder(_PLAIN), elsewhere=_FREQUENCIES),
+        Layout("qwen3", "Qwen3ForCausalLM", _decoder(_PLAIN), elsewhere=_FREQUENCIES),
+        Layout("qwen3_moe", "Qwen3MoeForCausalLM", _decoder(_PLAIN, _SPARSE), elsewhere=_FREQUENCIES),
         Layout(
             "interns1",
+            "InternS1ForConditionalGeneration",
             _decoder(_NESTED, _SPARSE),
             ("qwen3", "qwen3_moe"),
             (*_INTERN_ENCODERS, *_FREQUENCIES),
         ),
         Layout(
             "internvl",
+            "InternVLForConditionalGeneration",
             _decoder(_LEGACY, _SPARSE),
             ("llama", "qwen3", "qwen3_moe"),
             (*_INTERN_ENCODERS, *_FREQUENCIES),
         ),
         Layout(
             "interns1_pro",
+            "InternS1ProForConditionalGeneration",
             _decoder(_NESTED, _SPARSE, _FOPE),
             ("interns1_pro_text",),
             (*_NATIVE_ENCODERS, *_FREQUENCIES),
@@ -135,6 +142,7 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             # published files hold stacks of x W matrices, transformers 5 writes stacks of W x
             "qwen3_vl_moe",
+            "Qwen3VLMoeForConditionalGeneration",
             _decoder(_NESTED, (_STACKED_TRANSPOSED, _STACKED)),
             ("qwen3_vl_moe_text",),
             (*_NATIVE_ENCODERS, *_FREQUENCIES),
