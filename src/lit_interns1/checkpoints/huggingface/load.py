@@ -2,25 +2,27 @@
 
     local[box ∩ shard] ← file[window]        for every piece of every tensor, cast on the way
 
-Files are memory-mapped, so beside the model there is at most one matrix in memory, and that only where it is FP8.
+Beside the model there is at most one matrix of an expert in memory, or 16 Mi numbers of a larger one. All checks come
+first, and an error on one rank is an error on all.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lit_interns1.checkpoints.agreement import gather, this_rank, together
 from lit_interns1.checkpoints.huggingface.audit import Source, plan_weights, saved_tensors
-from lit_interns1.checkpoints.huggingface.config import PretrainedConfig, read_pretrained_config
+from lit_interns1.checkpoints.huggingface.config import RUN_CHOICES, PretrainedConfig, read_pretrained_config
 from lit_interns1.checkpoints.huggingface.errors import WeightsError
 from lit_interns1.checkpoints.huggingface.files import WeightFiles, Window
 from lit_interns1.checkpoints.huggingface.rules import Piece
@@ -31,74 +33,167 @@ from lit_interns1.nn.initialization import allocate
 _log = logging.getLogger(__name__)
 
 
+_BLOCK_NUMBERS = 1 << 24
+
+_Found = dict[tuple[str, tuple[int, ...]], int]
+"""How many numbers are not finite, by tensor and first index of the window that a rank holds of it."""
+
+
 @dataclass(frozen=True)
 class LoadedWeights:
     """What was read.
 
     Attributes:
         tensors: Tensors of the model that were filled.
-        bytes_read: Bytes that this rank took from the files.
+        bytes_read: Bytes that this rank took from the files as weights.
         elsewhere: Number of tensors in the files that are no part of the model, by pattern.
+        bytes_hashed: Bytes that this rank hashed beside that, to compare files with their checksums.
+        nonfinite: How many numbers of a tensor are NaN or infinite in the model's type, by its name in the model, where
+            there are any. Counted over all ranks; what several ranks hold counts once.
     """
 
     tensors: int
     bytes_read: int
     elsewhere: dict[str, int]
+    bytes_hashed: int = 0
+    nonfinite: dict[str, int] = field(default_factory=dict)
 
 
 def load_pretrained_weights(
-    model: nn.Module, folder: str | Path, device: torch.device | str = "cpu", check_config: bool = True
+    model: nn.Module,
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    check_config: bool = True,
+    verify_checksums: bool = True,
 ) -> LoadedWeights:
-    """Fills a model in place with the weights of a Hugging Face folder.
+    """Fills a model in place with the weights of a Hugging Face folder. In a process group all ranks call it.
 
     Args:
         model: A language model whose tensors are plain, DTensors of any mesh, or on the meta device.
-        folder: Holds config.json and safetensors files.
+        folder: Holds config.json and safetensors files; all ranks see the same ones.
         device: Where a model on the meta device goes.
         check_config: Refuse a model whose config gives the weights another meaning than config.json does, such as
             another base of the rotation. False for one that was changed on purpose.
+        verify_checksums: Compare the files with the SHA-256 sums of their index, if it has any; the ranks share the
+            work, each file being hashed by one of them.
 
     Raises:
-        WeightsError: If the folder cannot be read or does not fit. The model is unchanged.
+        WeightsError: If the folder cannot be read or does not fit. The model is unchanged, unless the message says that
+            reading broke off. All ranks raise the same.
     """
-    pretrained = read_pretrained_config(folder)
-    config = getattr(model, "config", None)
-    if check_config and isinstance(config, LanguageModelConfig):
-        check_same_network(pretrained, config, folder)
-    files = WeightFiles(Path(folder), pretrained.block_shape)
-    plan = plan_weights(model, files, pretrained.layout)
-    tensors = saved_tensors(model)
-    for source in plan.sources:
-        _check_copies(source, _window(tensors[source.name][0]), files)
-    allocate(model, device)
-    tensors = saved_tensors(model)
-    for source in plan.sources:
-        _fill(tensors[source.name][0], source, files)
-    loaded = LoadedWeights(len(plan.sources), files.bytes_read, plan.elsewhere)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        for pattern, count in plan.elsewhere.items():
-            _log.warning("%s: %d tensors %s are not part of this model and were not read", folder, count, pattern)
-        _log.info("%s: read %d tensors, %.3f GB", folder, loaded.tensors, loaded.bytes_read / 1e9)
-    return loaded
+    with together():
+        pretrained, files = open_pretrained(folder)
+    return _load(model, pretrained, files, device, check_config, verify_checksums)
 
 
-def load_pretrained_model(folder: str | Path, device: torch.device | str = "cpu") -> LanguageModel:
+def load_pretrained_model(
+    folder: str | Path, device: torch.device | str = "cpu", verify_checksums: bool = True
+) -> LanguageModel:
     """The language model of a Hugging Face folder, with float32 parameters (or torch's default type).
+
+    Args:
+        folder: As in `load_pretrained_weights`.
+        device: Where the model goes.
+        verify_checksums: As in `load_pretrained_weights`.
 
     Raises:
         WeightsError: As `load_pretrained_weights`.
     """
-    with torch.device("meta"):
-        model = LanguageModel(read_pretrained_config(folder).model)
-    load_pretrained_weights(model, folder, device)
+    with together():
+        pretrained, files = open_pretrained(folder)
+        with torch.device("meta"):
+            model = LanguageModel(pretrained.model)
+    _load(model, pretrained, files, device, check_config=False, verify_checksums=verify_checksums)
     return model
 
 
-_OWN_CHOICE = frozenset((
-    "attention_backend", "activation_checkpointing", "expert_backend", "freeze_router", "router_gradient",
-    "ste_temperature", "router_dtype", "head_dtype", "initializer_range", "fope_init_factor", "fope_seed",
-    "fope_trainable",
-))  # fmt: skip
+def open_pretrained(folder: str | Path) -> tuple[PretrainedConfig, WeightFiles]:
+    """Config and files of a folder, with headers read and sizes compared; no weights.
+
+    Raises:
+        WeightsError: If one of them cannot be read, or the config is of a larger model than the files can hold.
+    """
+    pretrained = read_pretrained_config(folder)
+    files = WeightFiles(Path(folder), pretrained.block_shape)
+    _check_sizes(pretrained.model, files)
+    return pretrained, files
+
+
+def _check_sizes(config: LanguageModelConfig, files: WeightFiles) -> None:
+    """Keeps a config with absurd numbers from being built, or audited for hours: every size is one of a stored tensor.
+
+    Raises:
+        WeightsError: If a size is larger than any in the files.
+    """
+    shapes = [tensor.shape for tensor in files.tensors.values() if math.prod(tensor.shape)]
+    longest = max((size for shape in shapes for size in shape), default=0)
+    matrices = max(len(shapes), sum(shape[0] for shape in shapes if len(shape) == 3))
+    moe = config.moe
+    bounds = {
+        "vocab_size": (config.vocab_size, longest),
+        "hidden_size": (config.hidden_size, longest),
+        "num_heads · head_dim": (config.num_heads * config.head_dim, longest),
+        "num_layers": (config.num_layers, len(shapes)),
+        "intermediate_size": (config.intermediate_size if config.num_moe_layers < config.num_layers else 0, longest),
+        "moe.intermediate_size": (moe.intermediate_size if moe else 0, longest),
+        "num_moe_layers · moe.num_experts": (config.num_moe_layers * moe.num_experts if moe else 0, matrices),
+    }
+    for name, (size, bound) in bounds.items():
+        if size > bound:
+            raise WeightsError(f"{files.folder}: config.json says {name} = {size}, but its files have room for {bound}")
+
+
+def _load(
+    model: nn.Module,
+    pretrained: PretrainedConfig,
+    files: WeightFiles,
+    device: torch.device | str,
+    check_config: bool,
+    verify_checksums: bool,
+) -> LoadedWeights:
+    rank, world = this_rank()
+    with together():
+        config = getattr(model, "config", None)
+        if check_config and isinstance(config, LanguageModelConfig):
+            check_same_network(pretrained, config, files.folder)
+        plan = plan_weights(model, files, pretrained.layout)
+        bytes_hashed = files.verify(_share(files.sizes, rank, world)) if verify_checksums else 0
+        tensors = saved_tensors(model)
+        for source in plan.sources:
+            _check_copies(source, _window(tensors[source.name][0]), files)
+    found: _Found = {}
+    with together():
+        allocate(model, device)
+        tensors = saved_tensors(model)
+        try:
+            for source in plan.sources:
+                found |= _fill(tensors[source.name][0], source, files)
+        except WeightsError as error:
+            raise WeightsError(f"reading broke off, the model is filled in part: {error}") from None
+    nonfinite: dict[str, int] = {}
+    for (name, _), count in {key: count for part in gather(found) for key, count in part.items()}.items():
+        nonfinite[name] = nonfinite.get(name, 0) + count
+    loaded = LoadedWeights(len(plan.sources), files.bytes_read, plan.elsewhere, bytes_hashed, nonfinite)
+    if rank == 0:
+        for pattern, count in plan.elsewhere.items():
+            _log.warning("%s: %d tensors %s are not part of this model and were not read", files.folder, count, pattern)
+        for name, count in nonfinite.items():
+            _log.warning("%s: %d numbers of %s are NaN or infinite", files.folder, count, name)
+        _log.info("%s: read %d tensors, %.3f GB", files.folder, loaded.tensors, loaded.bytes_read / 1e9)
+    return loaded
+
+
+def _share(sizes: dict[str, int], rank: int, world: int) -> list[str]:
+    """The files that a rank hashes: the largest first, each to the rank that has the fewest bytes."""
+    loads, shares = [0] * world, [list[str]() for _ in range(world)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = loads.index(min(loads))
+        loads[least] += sizes[name]
+        shares[least].append(name)
+    return shares[rank]
+
+
+_OWN_CHOICE = RUN_CHOICES | {"initializer_range", "fope_init_factor"}
 """Fields that leave the meaning of the weights as it is: how things are computed, started and trained."""
 
 _IN_SHAPES = frozenset(("max_position_embeddings", "fope_separate_heads", "fope_num_frequencies"))
@@ -137,12 +232,17 @@ def _window(tensor: Tensor) -> Window:
 
 
 @torch.no_grad()
-def _fill(tensor: Tensor, source: Source, files: WeightFiles) -> None:
+def _fill(tensor: Tensor, source: Source, files: WeightFiles) -> _Found:
+    """Fills what this rank holds of a tensor, and counts what is not finite in it."""
     local, window = tensor.to_local() if isinstance(tensor, DTensor) else tensor, _window(tensor)
+    nonfinite = 0
     for piece in source.pieces:
-        for ours, theirs in _matrices(piece, window):
+        for ours, theirs in _blocks(piece, window):
             target = local[tuple(slice(o.start - w.start, o.stop - w.start) for o, w in zip(ours, window, strict=True))]
             target.copy_(_as_ours(piece, files.read(piece.key, theirs)))
+            if not all(bound.isfinite() for bound in target.aminmax()):  # NaN is passed on by both
+                nonfinite += target.numel() - int(target.isfinite().sum())
+    return {(source.name, tuple(part.start for part in window)): nonfinite} if nonfinite else {}
 
 
 def _check_copies(source: Source, window: Window, files: WeightFiles) -> None:
@@ -153,20 +253,30 @@ def _check_copies(source: Source, window: Window, files: WeightFiles) -> None:
     """
     for copy in source.copies:
         for piece in source.pieces:
-            mine, other = piece.common(window), copy.common(window)
-            if mine and other and not torch.equal(files.read(piece.key, mine[1]), files.read(copy.key, other[1])):
-                raise WeightsError(
-                    f"{files.folder}: tie_word_embeddings is true, but {copy.key} and {piece.key} differ"
-                )
+            for ours, mine in _blocks(piece, window):
+                other = copy.common(ours)
+                if other and not torch.equal(files.read(piece.key, mine), files.read(copy.key, other[1])):
+                    raise WeightsError(
+                        f"{files.folder}: tie_word_embeddings is true, but {copy.key} and {piece.key} differ"
+                    )
 
 
-def _matrices(piece: Piece, window: Window) -> Iterator[tuple[Window, Window]]:
-    """What piece and window share, one matrix of a stack after the other: in our coordinates, and in the file's."""
+def _blocks(piece: Piece, window: Window) -> Iterator[tuple[Window, Window]]:
+    """What piece and window share, one matrix of a stack after the other and large ones in rows of the file: in our
+    coordinates, and in the file's."""
     stack = window[0] if len(window) == 3 and not piece.is_matrix else None
     parts = [window] if stack is None else [(slice(i, i + 1), *window[1:]) for i in range(stack.start, stack.stop)]
     for part in parts:
-        if (shared := piece.common(part)) is not None:
-            yield shared
+        if (shared := piece.common(part)) is None:
+            continue
+        ours = shared[0]
+        along = len(ours) - (1 if piece.transposed or len(ours) == 1 else 2)
+        numbers = math.prod(size.stop - size.start for size in ours) // (ours[along].stop - ours[along].start)
+        step = max(_BLOCK_NUMBERS // numbers, 1)
+        for start in range(ours[along].start, ours[along].stop, step):
+            rows = slice(start, min(start + step, ours[along].stop))
+            if (block := piece.common((*ours[:along], rows, *ours[along + 1 :]))) is not None:
+                yield block
 
 
 def _as_ours(piece: Piece, values: Tensor) -> Tensor:
