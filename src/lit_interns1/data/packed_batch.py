@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_interns1.nn.media import MediaItems
+
 IGNORED_LABEL = -100
 """Label of a position without loss."""
 
@@ -35,6 +37,7 @@ class PackedBatch:
         max_seqlen: Longest segment of `cu_seqlens`, in tokens (the padding at the end of a row is a segment too).
         token_fields: Any other per-token tensors (T, ...) by name: `validation_token_id`, rollout log-probs,
             advantages, `routed_experts` (T, L, K), modality, …
+        media: Images and signals by kind, in the order of their placeholder tokens.
     """
 
     input_ids: Tensor
@@ -47,6 +50,7 @@ class PackedBatch:
     num_loss_tokens: int
     max_seqlen: int
     token_fields: dict[str, Tensor] = field(default_factory=dict)
+    media: dict[str, MediaItems] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         length = self.input_ids.numel()
@@ -64,8 +68,9 @@ class PackedBatch:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         mapped = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(
-            self, **mapped, token_fields={name: function(value) for name, value in self.token_fields.items()}
-        )
+            self, **mapped, token_fields={name: function(value) for name, value in self.token_fields.items()},
+            media={kind: items.map(function) for kind, items in self.media.items()},
+        )  # fmt: skip
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """A copy on `device` (what Lightning calls to move a batch)."""
@@ -85,8 +90,12 @@ class PackedBatch:
             if set(row.token_fields) != names:
                 raise ValueError(f"rows differ in their token fields: {sorted(names)} and {sorted(row.token_fields)}")
         lengths, sample_ids = [rows[0].cu_seqlens[:1]], []
-        tokens = samples = 0
+        media: dict[str, list[tuple[MediaItems, int]]] = {}
+        tokens = samples = before = 0
         for row in rows:
+            for kind, items in row.media.items():
+                media.setdefault(kind, []).append((items, before))
+            before += row.num_rows
             lengths.append(row.cu_seqlens[1:] + tokens)
             sample_ids.append(torch.where(row.sample_id_T >= 0, row.sample_id_T + samples, row.sample_id_T))
             tokens += row.input_ids.numel()
@@ -102,6 +111,7 @@ class PackedBatch:
             num_loss_tokens=sum(row.num_loss_tokens for row in rows),
             max_seqlen=max(row.max_seqlen for row in rows),
             token_fields={name: torch.cat([row.token_fields[name] for row in rows]) for name in names},
+            media={kind: MediaItems.joined(*zip(*parts, strict=True)) for kind, parts in media.items()},
         )
 
     @staticmethod
@@ -156,7 +166,9 @@ class PackedBatch:
             raise ValueError(f"rows_per_part={rows_per_part} does not divide the {self.num_rows} rows of this batch")
         size = rows_per_part * self.row_length
         parts = []
-        for first in range(0, self.input_ids.numel(), size):
+        for part, first in enumerate(range(0, self.input_ids.numel(), size)):
+            rows = part * rows_per_part, (part + 1) * rows_per_part
+            media = {kind: items.of_rows(*rows) for kind, items in self.media.items()}
             span = slice(first, first + size)
             inside = (self.cu_seqlens >= first) & (self.cu_seqlens <= first + size)
             cu_seqlens = self.cu_seqlens[inside] - first
@@ -176,6 +188,7 @@ class PackedBatch:
                     num_loss_tokens=int((labels != IGNORED_LABEL).sum()),
                     max_seqlen=int(cu_seqlens.diff().max()),
                     token_fields={name: value[span] for name, value in self.token_fields.items()},
+                    media={kind: items for kind, items in media.items() if items is not None},
                 )
             )
         return parts

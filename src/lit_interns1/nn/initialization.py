@@ -67,9 +67,14 @@ def _distribution(module: nn.Module, name: str, std: float) -> Distribution:
     )
 
 
-def _draw(key: str, shape: tuple[int, ...], std: float) -> Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+def keyed_generator(key: str) -> torch.Generator:
+    """Random numbers that depend on the key and on nothing else."""
+    return torch.Generator().manual_seed(zlib.crc32(key.encode()))
+
+
+def draw_normal(key: str, shape: tuple[int, ...], std: float) -> Tensor:
+    """Normal numbers of a key, float32."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=keyed_generator(key))
 
 
 @torch.no_grad()
@@ -89,10 +94,10 @@ def _fill(parameter: Tensor, name: str, distribution: Distribution, seed: int) -
     window = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
     if parameter.ndim == 3:
         for i, expert in enumerate(range(window[0].start, window[0].stop)):
-            whole = _draw(f"{seed}:{name}:{expert}", tuple(parameter.shape[1:]), distribution.std)
+            whole = draw_normal(f"{seed}:{name}:{expert}", tuple(parameter.shape[1:]), distribution.std)
             local[i].copy_(whole[window[1:]])
     else:
-        local.copy_(_draw(f"{seed}:{name}", tuple(parameter.shape), distribution.std)[window])
+        local.copy_(draw_normal(f"{seed}:{name}", tuple(parameter.shape), distribution.std)[window])
 
 
 def initialize_parameters(model: nn.Module, seed: int = 0, std: float = 0.02) -> None:

@@ -34,7 +34,7 @@ class ParallelPlan:
         expert_layers: Sparse layers.
         float32: Modules that compute in float32 when the rest does not, such as routers. Each becomes a unit.
         checkpointed: Modules that are recomputed in backward, if that is asked for.
-        recompute: Instead of these, the model's own way to switch that on.
+        recompute: The model's own way to switch that on, for parts that are not named in `checkpointed`.
     """
 
     units: Sequence[nn.Module | Sequence[nn.Module]]

@@ -25,15 +25,14 @@ _CHOICES = {"topk", "sort", "argsort", "route", "multinomial"}
 
 
 def recompute_in_backward(model: nn.Module, plan: ParallelPlan) -> None:
-    """Switches recomputation on: the model's own way if its plan names one, else of the modules that the plan names.
+    """Switches recomputation on: the model's own way if its plan names one, and of the modules that the plan names.
 
     Raises:
         ValueError: If the plan names neither.
     """
     if plan.recompute is not None:
         plan.recompute()
-        return
-    if not plan.checkpointed:
+    elif not plan.checkpointed:
         raise ValueError(
             f"activation_checkpointing = True, but the parallel plan of {type(model).__name__} names no modules to "
             "recompute: set `checkpointed` in it"

@@ -1,0 +1,195 @@
+"""The whole model: a decoder that sees images, video and signals where their placeholder tokens stand.
+
+    x = embed(ids);   x[ids = placeholder of a kind] ← features of that kind, in order;   decoder(x)
+
+(arXiv 2508.15763 §2; 2603.25040 §2.) Positions are those of plain text for all kinds. A row without images runs the
+encoders on the smallest input there is and adds nothing of it: ranks with and without images then issue the same
+collectives, and every parameter has a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lit_interns1.models.config import LanguageModelConfig
+from lit_interns1.models.language_model import LanguageModel, LanguageModelOutput
+from lit_interns1.models.time_series import TimeSeriesConfig, TimeSeriesEncoder
+from lit_interns1.models.vision import VisionConfig, build_merger, build_vision
+from lit_interns1.nn.media import MediaItems, signals_of
+from lit_interns1.nn.parallel_plan import ParallelPlan
+
+PARTS = ("language_model", "vision", "projector", "time_series")
+"""Names of the parts of a model, for training some of them."""
+
+
+@dataclass(frozen=True)
+class MultimodalConfig:
+    """A decoder and its encoders.
+
+    Attributes:
+        text: The decoder.
+        vision: The image encoder; None = none.
+        time_series: The encoder of signals; None = none.
+        image_token_id: Placeholder of one vector of an image.
+        video_token_id: Of a video.
+        time_series_token_id: Of a signal.
+    """
+
+    text: LanguageModelConfig
+    vision: VisionConfig | None = None
+    time_series: TimeSeriesConfig | None = None
+    image_token_id: int | None = None
+    video_token_id: int | None = None
+    time_series_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.vision is not None and self.image_token_id is None:
+            raise ValueError("a model with vision needs image_token_id")
+        if self.time_series is not None and self.time_series_token_id is None:
+            raise ValueError("a model with time_series needs time_series_token_id")
+        ids = list(self.token_ids.values())
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"placeholders must differ, got {self.token_ids}")
+        if wrong := {kind: i for kind, i in self.token_ids.items() if not 0 <= i < self.text.vocab_size}:
+            raise ValueError(f"placeholders {wrong} must lie in the vocabulary of {self.text.vocab_size} tokens")
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """Placeholder ids of the kinds that the model takes."""
+        found: dict[str, int | None] = {}
+        if self.vision is not None:
+            found |= {"image": self.image_token_id, "video": self.video_token_id}
+        if self.time_series is not None:
+            found["time_series"] = self.time_series_token_id
+        return {kind: token for kind, token in found.items() if token is not None}
+
+
+class MultimodalModel(nn.Module):
+    """Decoder and encoders.
+
+    Args:
+        config: What they are.
+    """
+
+    def __init__(self, config: MultimodalConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.vision is not None:
+            self.vision = build_vision(config.vision)
+            self.projector = build_merger(config.vision, config.text.hidden_size)
+        if config.time_series is not None:
+            self.time_series = TimeSeriesEncoder(config.time_series, config.text.hidden_size)
+        self.language_model = LanguageModel(config.text)
+
+    @property
+    def moe_layers(self) -> list[Any]:
+        """The decoder's sparse feed-forward networks in order."""
+        return self.language_model.moe_layers
+
+    def parallel_plan(self) -> ParallelPlan:
+        """Units of the encoders, then those of the decoder."""
+        decoder = self.language_model.parallel_plan()
+        units: list[Any] = []
+        recomputed: list[nn.Module] = []
+        if self.config.vision is not None:
+            plan = self.vision.parallel_plan()
+            units += [*plan.units, self.projector]
+            recomputed += plan.checkpointed
+        if self.config.time_series is not None:
+            plan = self.time_series.parallel_plan()
+            units += plan.units
+            recomputed += plan.checkpointed
+        return ParallelPlan(
+            [*units, *decoder.units], decoder.expert_layers, decoder.float32, checkpointed=recomputed,
+            recompute=decoder.recompute,
+        )  # fmt: skip
+
+    def features(self, media: Mapping[str, MediaItems]) -> dict[str, list[Tensor]]:
+        """Vectors of every item by kind, (tokens, hidden) each.
+
+        Raises:
+            ValueError: If the model has no encoder for a kind.
+        """
+        if unknown := media.keys() - self.config.token_ids.keys():
+            raise ValueError(f"this model takes {', '.join(self.config.token_ids) or 'text only'}, got {unknown}")
+        result: dict[str, list[Tensor]] = {}
+        if frames := {kind: media[kind] for kind in ("image", "video") if kind in media}:
+            grid_M3 = torch.cat([items.fact_MK for items in frames.values()]).long()
+            patches_PC = torch.cat([items.values for items in frames.values()])
+            merged = self.projector(self.vision(patches_PC, grid_M3))
+            assert self.config.vision is not None
+            window = self.config.vision.merge_size**2
+            vectors = list(merged.split([int(count) // window for count in grid_M3.prod(1).tolist()]))
+            for kind, items in frames.items():
+                result[kind], vectors = vectors[: len(items)], vectors[len(items) :]
+        if "time_series" in media:
+            result["time_series"] = self.time_series(*signals_of(media["time_series"]))
+        return result
+
+    def _nothing(self, media: Mapping[str, MediaItems], device: torch.device) -> Iterator[Tensor]:
+        """Zeros that depend on the encoders which this batch does not use."""
+        if self.config.vision is not None and not media.keys() & {"image", "video"}:
+            yield self.projector(self.vision(*self.vision.smallest_input(device))).sum() * 0
+        if self.config.time_series is not None and "time_series" not in media:
+            yield self.time_series(*self.time_series.smallest_input(device))[0].sum() * 0
+
+    def embed(self, input_ids_T: Tensor, media: Mapping[str, MediaItems]) -> Tensor:
+        """Embeddings of tokens, with the vectors of images and signals in their places.
+
+        Args:
+            input_ids_T: (T,) ids; a placeholder for every vector.
+            media: The items, in the order of their placeholders.
+
+        Returns:
+            (T, hidden).
+
+        Raises:
+            ValueError: If placeholders and vectors differ in number, or the model has no encoder for a kind.
+        """
+        features = self.features(media)
+        x_TD = self.language_model.embed_tokens(input_ids_T)
+        for kind, token in self.config.token_ids.items():
+            places = torch.nonzero(input_ids_T == token).flatten()
+            vectors = torch.cat(features[kind]) if kind in features else x_TD[:0]
+            if len(places) != len(vectors):
+                raise ValueError(
+                    f"the tokens hold {len(places)} placeholders of the kind {kind} (id {token}), but the "
+                    f"{len(media[kind]) if kind in media else 0} items of that kind give {len(vectors)} vectors"
+                )
+            if len(places):
+                x_TD = x_TD.index_copy(0, places, vectors.to(x_TD.dtype))
+        if self.training or dist.is_initialized():
+            for nothing in self._nothing(media, x_TD.device):
+                x_TD = x_TD + nothing.to(x_TD.dtype)
+        return x_TD
+
+    def forward(
+        self, input_ids: Tensor, media: Mapping[str, MediaItems] | None = None, *,
+        position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, **options: Any,
+    ) -> LanguageModelOutput:  # fmt: skip
+        """Runs the model.
+
+        Args:
+            input_ids: (T,) flat packed tokens, or (B, S) with one document per row.
+            media: Images and signals by kind.
+            position_ids: As for `LanguageModel`.
+            cu_seqlens: As for `LanguageModel`.
+            options: Others of `LanguageModel.forward`.
+
+        Raises:
+            ValueError: As `embed`.
+        """
+        x_TD = self.embed(input_ids.reshape(-1), media or {})
+        if input_ids.ndim == 2 and cu_seqlens is None:
+            rows, length = input_ids.shape
+            cu_seqlens = torch.arange(rows + 1, device=input_ids.device, dtype=torch.int32) * length
+        output = self.language_model(inputs_embeds_TD=x_TD, position_ids=position_ids, cu_seqlens=cu_seqlens, **options)
+        if output.logits is not None and input_ids.ndim == 2 and options.get("logits_index") is None:
+            output.logits = output.logits.view(*input_ids.shape, -1)
+        return output
