@@ -284,7 +284,7 @@ def test_damaged_and_contradictory_files(tensors, tmp_path):
         ({"vision_config": {"deepstack_visual_indexes": [8]}}, "deepstack_visual_indexes = [8] is not supported"),
         ({"num_experts": None}, "has no num_experts or num_local_experts"),
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, "describes no model"),
-        ({"hidden_size": "many"}, "describes no model"),
+        ({"hidden_size": "many"}, "hidden_size = 'many' is not a whole number"),
     ],
     ids=str,
 )

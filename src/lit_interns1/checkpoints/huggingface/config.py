@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_interns1.checkpoints.gguf.config import gguf_end_of_text_ids, read_gguf_config
 from lit_interns1.checkpoints.huggingface.errors import WeightsError
-from lit_interns1.checkpoints.huggingface.files import read_json
+from lit_interns1.checkpoints.huggingface.field_types import check_field_types
+from lit_interns1.checkpoints.huggingface.json_file import read_json
 from lit_interns1.checkpoints.huggingface.layouts import LAYOUTS, Layout
+from lit_interns1.data.gguf_file import is_gguf_file
 from lit_interns1.models import LanguageModelConfig, MoEConfig, PositionConfig
 
 _log = logging.getLogger(__name__)
@@ -129,8 +132,8 @@ class PretrainedConfig:
 
 
 def is_pretrained_folder(path: str | Path) -> bool:
-    """Whether `path` is a folder with a config.json, as Hugging Face's libraries write them."""
-    return (Path(path) / CONFIG_FILE).is_file()
+    """Whether `path` is a folder with a config.json, as Hugging Face's libraries write them, or a GGUF file."""
+    return (Path(path) / CONFIG_FILE).is_file() or (is_gguf_file(path) and Path(path).is_file())
 
 
 def config_from_pretrained(folder: str | Path) -> LanguageModelConfig:
@@ -143,18 +146,26 @@ def config_from_pretrained(folder: str | Path) -> LanguageModelConfig:
 
 
 def end_of_text_ids(folder: str | Path) -> list[int]:
-    """Tokens that end a text, as generation_config.json or else config.json says; empty if neither does."""
+    """Tokens that end a text, as generation_config.json or else config.json says, or a GGUF file; may be empty."""
+    if is_gguf_file(folder):
+        return gguf_end_of_text_ids(folder)
     for name in (GENERATION_CONFIG_FILE, CONFIG_FILE):
         values = read_json(Path(folder) / name) if (Path(folder) / name).is_file() else {}
         for part in (values, *(values.get(layout.text_key) or {} for layout in LAYOUTS.values())):
-            if (ids := part.get("eos_token_id")) is not None:
-                return list(ids) if isinstance(ids, list) else [int(ids)]
+            ids = part.get("eos_token_id") if isinstance(part, dict) else None
+            if ids is not None:
+                ids = ids if isinstance(ids, list) else [ids]
+                if any(type(token) is not int or token < 0 for token in ids):
+                    raise WeightsError(f"{Path(folder) / name}: eos_token_id = {ids!r:.80} are no token ids")
+                return ids
     return []
 
 
 def read_pretrained_config(folder: str | Path) -> PretrainedConfig:
     """All that config.json says; errors as `config_from_pretrained`."""
     folder = Path(folder)
+    if is_gguf_file(folder):
+        return PretrainedConfig(*read_gguf_config(folder))
     if not folder.is_dir():
         raise WeightsError(f"{folder} is no folder of this machine: names of the Hub must be downloaded first")
     path = folder / CONFIG_FILE
@@ -171,6 +182,7 @@ def parse_pretrained_config(values: Mapping[str, Any], path: str | Path = CONFIG
     Raises:
         WeightsError: As `config_from_pretrained`.
     """
+    check_field_types(values, str(path))
     name = values.get("model_type")
     if name not in LAYOUTS:
         architecture = " ".join(values.get("architectures") or ["no architecture"])
@@ -198,7 +210,7 @@ def parse_pretrained_config(values: Mapping[str, Any], path: str | Path = CONFIG
         model = _decoder(fields, str(text["model_type"]), bool(tied))
     except WeightsError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise WeightsError(f"{where} describes no model: {error}") from None
     if unknown := fields.unknown():
         _log.warning("%s: nothing here depends on %s", where, ", ".join(unknown))

@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lit_interns1.checkpoints.agreement import gather, this_rank, together
 from lit_interns1.checkpoints.huggingface.audit import Source, plan_weights, saved_tensors
-from lit_interns1.checkpoints.huggingface.config import RUN_CHOICES, PretrainedConfig, read_pretrained_config
+from lit_interns1.checkpoints.huggingface.config import RUN_CHOICES, PretrainedConfig
 from lit_interns1.checkpoints.huggingface.errors import WeightsError
 from lit_interns1.checkpoints.huggingface.files import WeightFiles, Window
+from lit_interns1.checkpoints.huggingface.opening import open_pretrained, verify_share
 from lit_interns1.checkpoints.huggingface.rules import Piece
+from lit_interns1.checkpoints.huggingface.sources import held_window, inside
 from lit_interns1.models import LanguageModel, LanguageModelConfig
 from lit_interns1.models.config import differing_fields
 from lit_interns1.nn.initialization import allocate
 
 _log = logging.getLogger(__name__)
-
 
 _BLOCK_NUMBERS = 1 << 24
 
@@ -70,7 +70,7 @@ def load_pretrained_weights(
 
     Args:
         model: A language model whose tensors are plain, DTensors of any mesh, or on the meta device.
-        folder: Holds config.json and safetensors files; all ranks see the same ones.
+        folder: Holds config.json and safetensors files, or is a GGUF file; all ranks see the same ones.
         device: Where a model on the meta device goes.
         check_config: Refuse a model whose config gives the weights another meaning than config.json does, such as
             another base of the rotation. False for one that was changed on purpose.
@@ -107,42 +107,6 @@ def load_pretrained_model(
     return model
 
 
-def open_pretrained(folder: str | Path) -> tuple[PretrainedConfig, WeightFiles]:
-    """Config and files of a folder, with headers read and sizes compared; no weights.
-
-    Raises:
-        WeightsError: If one of them cannot be read, or the config is of a larger model than the files can hold.
-    """
-    pretrained = read_pretrained_config(folder)
-    files = WeightFiles(Path(folder), pretrained.block_shape)
-    _check_sizes(pretrained.model, files)
-    return pretrained, files
-
-
-def _check_sizes(config: LanguageModelConfig, files: WeightFiles) -> None:
-    """Keeps a config with absurd numbers from being built, or audited for hours: every size is one of a stored tensor.
-
-    Raises:
-        WeightsError: If a size is larger than any in the files.
-    """
-    shapes = [tensor.shape for tensor in files.tensors.values() if math.prod(tensor.shape)]
-    longest = max((size for shape in shapes for size in shape), default=0)
-    matrices = max(len(shapes), sum(shape[0] for shape in shapes if len(shape) == 3))
-    moe = config.moe
-    bounds = {
-        "vocab_size": (config.vocab_size, longest),
-        "hidden_size": (config.hidden_size, longest),
-        "num_heads · head_dim": (config.num_heads * config.head_dim, longest),
-        "num_layers": (config.num_layers, len(shapes)),
-        "intermediate_size": (config.intermediate_size if config.num_moe_layers < config.num_layers else 0, longest),
-        "moe.intermediate_size": (moe.intermediate_size if moe else 0, longest),
-        "num_moe_layers · moe.num_experts": (config.num_moe_layers * moe.num_experts if moe else 0, matrices),
-    }
-    for name, (size, bound) in bounds.items():
-        if size > bound:
-            raise WeightsError(f"{files.folder}: config.json says {name} = {size}, but its files have room for {bound}")
-
-
 def _load(
     model: nn.Module,
     pretrained: PretrainedConfig,
@@ -151,16 +115,15 @@ def _load(
     check_config: bool,
     verify_checksums: bool,
 ) -> LoadedWeights:
-    rank, world = this_rank()
     with together():
         config = getattr(model, "config", None)
         if check_config and isinstance(config, LanguageModelConfig):
             check_same_network(pretrained, config, files.folder)
         plan = plan_weights(model, files, pretrained.layout)
-        bytes_hashed = files.verify(_share(files.sizes, rank, world)) if verify_checksums else 0
+        bytes_hashed = verify_share(files) if verify_checksums else 0
         tensors = saved_tensors(model)
         for source in plan.sources:
-            _check_copies(source, _window(tensors[source.name][0]), files)
+            _check_copies(source, held_window(tensors[source.name][0]), files)
     found: _Found = {}
     with together():
         allocate(model, device)
@@ -174,23 +137,13 @@ def _load(
     for (name, _), count in {key: count for part in gather(found) for key, count in part.items()}.items():
         nonfinite[name] = nonfinite.get(name, 0) + count
     loaded = LoadedWeights(len(plan.sources), files.bytes_read, plan.elsewhere, bytes_hashed, nonfinite)
-    if rank == 0:
+    if this_rank()[0] == 0:
         for pattern, count in plan.elsewhere.items():
             _log.warning("%s: %d tensors %s are not part of this model and were not read", files.folder, count, pattern)
         for name, count in nonfinite.items():
             _log.warning("%s: %d numbers of %s are NaN or infinite", files.folder, count, name)
         _log.info("%s: read %d tensors, %.3f GB", files.folder, loaded.tensors, loaded.bytes_read / 1e9)
     return loaded
-
-
-def _share(sizes: dict[str, int], rank: int, world: int) -> list[str]:
-    """The files that a rank hashes: the largest first, each to the rank that has the fewest bytes."""
-    loads, shares = [0] * world, [list[str]() for _ in range(world)]
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        least = loads.index(min(loads))
-        loads[least] += sizes[name]
-        shares[least].append(name)
-    return shares[rank]
 
 
 _OWN_CHOICE = RUN_CHOICES | {"initializer_range", "fope_init_factor"}
@@ -223,23 +176,15 @@ def _meaning(config: LanguageModelConfig) -> dict[str, Any]:
     return values
 
 
-def _window(tensor: Tensor) -> Window:
-    """What this rank holds of a tensor."""
-    shape, first = tuple(tensor.shape), (0,) * tensor.ndim
-    if isinstance(tensor, DTensor):
-        shape, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(slice(start, start + size) for start, size in zip(first, shape, strict=True))
-
-
 @torch.no_grad()
 def _fill(tensor: Tensor, source: Source, files: WeightFiles) -> _Found:
     """Fills what this rank holds of a tensor, and counts what is not finite in it."""
-    local, window = tensor.to_local() if isinstance(tensor, DTensor) else tensor, _window(tensor)
+    local, window = tensor.to_local() if isinstance(tensor, DTensor) else tensor, held_window(tensor)
     nonfinite = 0
     for piece in source.pieces:
         for ours, theirs in _blocks(piece, window):
-            target = local[tuple(slice(o.start - w.start, o.stop - w.start) for o, w in zip(ours, window, strict=True))]
-            target.copy_(_as_ours(piece, files.read(piece.key, theirs)))
+            target = local[inside(ours, window)]
+            target.copy_(piece.as_ours(files.read(piece.key, theirs)))
             if not all(bound.isfinite() for bound in target.aminmax()):  # NaN is passed on by both
                 nonfinite += target.numel() - int(target.isfinite().sum())
     return {(source.name, tuple(part.start for part in window)): nonfinite} if nonfinite else {}
@@ -277,8 +222,3 @@ def _blocks(piece: Piece, window: Window) -> Iterator[tuple[Window, Window]]:
             rows = slice(start, min(start + step, ours[along].stop))
             if (block := piece.common((*ours[:along], rows, *ours[along + 1 :]))) is not None:
                 yield block
-
-
-def _as_ours(piece: Piece, values: Tensor) -> Tensor:
-    values = values.mT if piece.transposed else values
-    return values[None] if piece.is_matrix else values
