@@ -1,6 +1,6 @@
 """The audit: every tensor of the files and of the model is accounted for before any is written.
 
-    files  =  what the model needs, once  ∪  scales of FP8 tensors  ∪  what the layout says lies elsewhere
+    files  =  what the model needs, once  ∪  scales of FP8 tensors  ∪  parts of the layout that the model lacks
     model  =  parameters and saved buffers, each filled completely
 
 Anything else ends with a table of what is missing, unexpected, twice there, or of another shape or type.
@@ -9,9 +9,8 @@ Anything else ends with a table of what is missing, unexpected, twice there, or 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
@@ -66,10 +65,11 @@ def plan_weights(model: nn.Module, files: WeightFiles, layout: Layout) -> Weight
         WeightsError: With a table of all that does not fit.
     """
     audit = _Audit(files, layout)
-    chosen = [audit.choose(tuple(tensor.shape), names) for tensor, names in saved_tensors(model).values()]
+    tensors = saved_tensors(model)
+    chosen = [audit.choose(tuple(tensor.shape), names) for tensor, names in tensors.values()]
     sources = [audit.source(choice) for choice in chosen if choice is not None]
     audit.check_scales()
-    elsewhere = audit.count_elsewhere()
+    elsewhere = audit.count_elsewhere(tensors)
     if audit.problems:
         counts = Counter(problem.kind for problem in audit.problems)
         summary = ", ".join(f"{count} {kind}" for kind, count in counts.items())
@@ -105,7 +105,7 @@ class _Audit:
     def choose(self, shape: tuple[int, ...], names: Sequence[str]) -> _Choice | None:
         """Decides by the keys, and where they leave it open by the shapes, how the files spell a tensor."""
         name = names[0]
-        groups = [group for group in (rule_spellings(self.layout, one) for one in names) if group]
+        groups = [group for group in (self.layout.spellings(one) for one in names) if group]
         if not groups:
             self._report("missing", name, f"{shape}: files of the layout {self.layout.name} do not hold it")
             return None
@@ -171,22 +171,17 @@ class _Audit:
                 self._report("type", scale_key, f"{scale.dtype} is not one of {', '.join(SCALE_TYPES)}")
         self._claimed.update(key + SCALE_SUFFIX for key in scaled)
 
-    def count_elsewhere(self) -> dict[str, int]:
-        """Tensors that nobody has claimed, by the pattern of the layout that allows them."""
+    def count_elsewhere(self, names: Collection[str]) -> dict[str, int]:
+        """Tensors that nobody has claimed, by the pattern that allows them beside tensors of ours with these names."""
         counts: Counter[str] = Counter()
+        parts = {self.layout.part_of(name).ours for name in names}
         for key in sorted(self.files.tensors.keys() - self._claimed):
-            pattern = next((pattern for pattern in self.layout.elsewhere if fnmatchcase(key, pattern)), None)
-            if pattern is not None:
+            if (pattern := self.layout.elsewhere(key, parts)) is not None:
                 counts[pattern] += 1
             else:
                 stored = self.files.tensors[key]
                 self._report("unexpected", key, f"{stored.shape} {stored.dtype} in {stored.file}")
         return dict(counts)
-
-
-def rule_spellings(layout: Layout, name: str) -> tuple[Spelling, ...]:
-    """How files of a layout may spell one tensor of ours; empty: they have none."""
-    return next((found for rule in layout.rules if (found := rule.spellings(name)) is not None), ())
 
 
 def _keys(spelling: Spelling, shape: tuple[int, ...]) -> dict[str, None]:

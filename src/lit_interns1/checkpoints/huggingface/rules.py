@@ -94,7 +94,7 @@ class Rule:
     """One kind of tensor.
 
     Attributes:
-        ours: Name in our models; `{layer}` stands for a number.
+        ours: Name in our models; `{layer}` stands for a number, `{name}` for any name.
         theirs: How files may spell it. The first is how it is written.
     """
 
@@ -103,15 +103,23 @@ class Rule:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        return re.compile(re.escape(self.ours).replace(re.escape("{layer}"), r"(?P<layer>\d+)"))
+        pattern = re.escape(self.ours)
+        for placeholder, group in (("{layer}", r"(?P<layer>\d+)"), ("{name}", r"(?P<name>.+)")):
+            pattern = pattern.replace(re.escape(placeholder), group)
+        return re.compile(pattern)
 
     def spellings(self, name: str) -> tuple[Spelling, ...] | None:
-        """The spellings of one tensor, its layer filled in; None if the rule is not about it."""
+        """The spellings of one tensor, placeholders filled in; None if the rule is not about it."""
         match = self._pattern.fullmatch(name)
         if match is None:
             return None
-        layer = match.groupdict().get("layer", "")
-        return tuple(Spelling(tuple(k.replace("{layer}", layer) for k in s.keys), s.transposed) for s in self.theirs)
+
+        def filled(key: str) -> str:
+            for placeholder, value in match.groupdict().items():
+                key = key.replace(f"{{{placeholder}}}", value)
+            return key
+
+        return tuple(Spelling(tuple(map(filled, s.keys)), s.transposed) for s in self.theirs)
 
 
 def pieces(spelling: Spelling, shape: tuple[int, ...]) -> Iterator[Piece]:
