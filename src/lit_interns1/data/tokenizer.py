@@ -15,6 +15,9 @@ from typing import Any
 
 import tokenizers
 
+from lit_interns1.data.gguf_file import GGUFError, is_gguf_file
+from lit_interns1.data.gguf_tokenizer import read_gguf_tokenizer
+
 BUNDLED_TOKENIZER = Path(__file__).parent / "bundled" / "tokenizer.json"
 END_OF_TEXT_NAMES = (
     "<|endoftext|>",
@@ -116,8 +119,8 @@ def load_tokenizer(path: str | Path = "bundled:tokenizer", end_of_text: str | No
     """Loads a tokenizer.
 
     Args:
-        path: `bundled:tokenizer` (byte-level BPE, 4,096 tokens, English + SMILES + Python), a `tokenizer.json`, or a
-            directory with a `tokenizer.json` or with `vocab.json` and `merges.txt`.
+        path: `bundled:tokenizer` (byte-level BPE, 4,096 tokens, English + SMILES + Python), a `tokenizer.json`, a
+            directory with a `tokenizer.json` or with `vocab.json` and `merges.txt`, or a GGUF file.
         end_of_text: The token that ends every document; see `TextTokenizer`.
 
     Raises:
@@ -138,12 +141,25 @@ def load_tokenizer(path: str | Path = "bundled:tokenizer", end_of_text: str | No
             raise TokenizerError(f"{path}: the directory has neither tokenizer.json nor vocab.json with merges.txt")
     if not file.is_file():
         raise TokenizerError(f"tokenizer={str(path)!r}: no such file or directory")
+    if is_gguf_file(file):
+        return _from_gguf(file, end_of_text)
     content = file.read_bytes()
     try:
         tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # tokenizers raises bare Exception
         raise TokenizerError(f"{file}: not a tokenizer.json of the tokenizers library ({error})") from None
     return TextTokenizer(tokenizer, hashlib.blake2b(content, digest_size=16).hexdigest(), end_of_text, str(path))
+
+
+def _from_gguf(file: Path, end_of_text: str | None) -> TextTokenizer:
+    """The tokenizer in a GGUF file; its own last token ends documents if none of the common names is there."""
+    try:
+        tokenizer, last = read_gguf_tokenizer(file)
+    except GGUFError as error:
+        raise TokenizerError(str(error)) from None
+    if all(tokenizer.token_to_id(name) is None for name in END_OF_TEXT_NAMES):
+        end_of_text = end_of_text or last
+    return TextTokenizer(tokenizer, None, end_of_text, str(file))
 
 
 def _from_vocabulary_and_merges(folder: Path, end_of_text: str | None) -> TextTokenizer:

@@ -1,0 +1,1 @@
+"""Weights, shapes and text ends of GGUF files; they are read through the functions for Hugging Face folders."""
