@@ -9,9 +9,11 @@ import math
 from pathlib import Path
 
 from lit_interns1.checkpoints.agreement import this_rank
+from lit_interns1.checkpoints.gguf.weights import open_gguf_weights
 from lit_interns1.checkpoints.huggingface.config import PretrainedConfig, read_pretrained_config
 from lit_interns1.checkpoints.huggingface.errors import WeightsError
 from lit_interns1.checkpoints.huggingface.files import WeightFiles
+from lit_interns1.data.gguf_file import is_gguf_file
 from lit_interns1.models import LanguageModelConfig
 
 
@@ -22,6 +24,8 @@ def open_pretrained(folder: str | Path) -> tuple[PretrainedConfig, WeightFiles]:
         WeightsError: If one of them cannot be read, or the config is of a larger model than the files can hold.
     """
     pretrained = read_pretrained_config(folder)
+    if is_gguf_file(folder):
+        return pretrained, open_gguf_weights(folder)
     files = WeightFiles(Path(folder), pretrained.block_shape)
     _check_sizes(pretrained.model, files)
     return pretrained, files
