@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lit_interns1.checkpoints.huggingface.layouts import Layout
+from lit_interns1.checkpoints.huggingface.layouts import Layout, Part
 from lit_interns1.checkpoints.huggingface.rules import Rule, Spelling
 
 _NAMES = {
@@ -37,7 +37,11 @@ _NAMES = {
         }.items()
     },
 }
-_RULES = tuple(Rule(ours, (Spelling((theirs,)),)) for ours, theirs in _NAMES.items())
+_TEXT = Part(
+    "language_model.",
+    tuple(Rule(ours, (Spelling((theirs,)),)) for ours, theirs in _NAMES.items()),
+    ("token_embd.", "blk.", "output"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "llama": Architecture(Layout("gguf llama", "LlamaForCausalLM", _RULES), neighbours=True),
-    "qwen2": Architecture(Layout("gguf qwen2", "Qwen2ForCausalLM", _RULES)),
-    "qwen3": Architecture(Layout("gguf qwen3", "Qwen3ForCausalLM", _RULES), qk_norm=True),
+    "llama": Architecture(Layout("gguf llama", "LlamaForCausalLM", _TEXT, computed=()), neighbours=True),
+    "qwen2": Architecture(Layout("gguf qwen2", "Qwen2ForCausalLM", _TEXT, computed=())),
+    "qwen3": Architecture(Layout("gguf qwen3", "Qwen3ForCausalLM", _TEXT, computed=()), qk_norm=True),
 }
 """Architectures that can be read, by their name in the file."""
