@@ -2,11 +2,22 @@
 
 from lit_interns1.checkpoints.huggingface.config import config_from_pretrained, end_of_text_ids, is_pretrained_folder
 from lit_interns1.checkpoints.huggingface.errors import Problem, WeightsError
+from lit_interns1.checkpoints.huggingface.export import ExportedWeights, export_pretrained
 from lit_interns1.checkpoints.huggingface.layouts import LAYOUTS, Layout
 from lit_interns1.checkpoints.huggingface.load import LoadedWeights, load_pretrained_model, load_pretrained_weights
 from lit_interns1.checkpoints.huggingface.rules import Rule, Spelling
+from lit_interns1.checkpoints.huggingface.sources import (
+    CheckpointSource,
+    FolderSource,
+    ModelSource,
+    TensorInfo,
+    WeightSource,
+    open_source,
+)
 
 __all__ = [
-    "LAYOUTS", "Layout", "LoadedWeights", "Problem", "Rule", "Spelling", "WeightsError", "config_from_pretrained",
-    "end_of_text_ids", "is_pretrained_folder", "load_pretrained_model", "load_pretrained_weights",
+    "CheckpointSource", "ExportedWeights", "FolderSource", "LAYOUTS", "Layout", "LoadedWeights", "ModelSource",
+    "Problem", "Rule", "Spelling", "TensorInfo", "WeightSource", "WeightsError", "config_from_pretrained",
+    "end_of_text_ids", "export_pretrained", "is_pretrained_folder", "load_pretrained_model", "load_pretrained_weights",
+    "open_source",
 ]  # fmt: skip
