@@ -23,6 +23,7 @@ from lit_interns1.checkpoints.huggingface.config import (
     parse_pretrained_config,
 )
 from lit_interns1.checkpoints.huggingface.errors import WeightsError
+from lit_interns1.checkpoints.huggingface.field_types import check_field_types
 from lit_interns1.checkpoints.huggingface.layouts import LAYOUTS, Layout
 from lit_interns1.models import LanguageModelConfig
 from lit_interns1.models.config import differing_fields
@@ -71,6 +72,7 @@ def config_to_pretrained(
     if dtype not in DTYPES:
         raise WeightsError(f"dtype = {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     like = like or {}
+    check_field_types(like, "like")
     if like.get("model_type", layout.name) != layout.name:
         raise WeightsError(f"like is a config.json of the layout {like['model_type']}, not of {layout.name}")
     if _unsayable(config, layout):
