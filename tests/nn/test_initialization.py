@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lit_interns1.models import LanguageModel, preset
-from lit_interns1.nn.initialization import _draw, initialize_parameters, materialize
+from lit_interns1.nn.initialization import draw_normal, initialize_parameters, materialize
 
 
 def test_weights_depend_on_names_and_seed_only():
@@ -26,7 +26,7 @@ def test_distributions():
         assert abs(weight.mean().item()) < 0.002
     experts = model.layers[0].mlp.experts.gate_up_proj
     assert not torch.equal(experts[0], experts[1])
-    assert torch.equal(experts[5], _draw("0:layers.0.mlp.experts.gate_up_proj:5", tuple(experts.shape[1:]), 0.05))
+    assert torch.equal(experts[5], draw_normal("0:layers.0.mlp.experts.gate_up_proj:5", tuple(experts.shape[1:]), 0.05))
 
 
 def test_tied_weights_stay_tied_and_are_drawn_once():
