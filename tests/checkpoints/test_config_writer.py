@@ -86,7 +86,7 @@ def configs(draw, name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_what_is_written_is_read(name, data):
     config, again = data.draw(configs(name)), data.draw(configs(name))
