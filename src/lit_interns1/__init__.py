@@ -17,6 +17,8 @@ _LAZY_EXPORTS: dict[str, str] = {
     "preset": "lit_interns1.models",
     "generate": "lit_interns1.models",
     "LanguageModelModule": "lit_interns1.modules",
+    "MultimodalModel": "lit_interns1.models",
+    "MultimodalModule": "lit_interns1.modules",
     "TextDataModule": "lit_interns1.data",
     "PackedBatch": "lit_interns1.data",
     "SummedLoss": "lit_interns1.training",

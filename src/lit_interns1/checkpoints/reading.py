@@ -10,7 +10,9 @@ import torch
 from lit_interns1.checkpoints.sharded_writer import METADATA_FILE
 
 CONFIG_KEY = "language_model_config"
-"""Where a checkpoint holds the model's config, as plain values."""
+"""Where a checkpoint holds the config of the language model, as plain values."""
+MULTIMODAL_KEY = "multimodal_config"
+"""Where a checkpoint of a whole model holds that of all its parts."""
 
 
 def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:

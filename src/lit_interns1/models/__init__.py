@@ -9,9 +9,15 @@ from lit_interns1.models.language_model import (
     count_parameters,
     flops_per_token,
 )
+from lit_interns1.models.multimodal import MultimodalConfig, MultimodalModel
+from lit_interns1.models.multimodal_presets import MULTIMODAL_PRESETS, multimodal_preset
 from lit_interns1.models.presets import PRESETS, preset
+from lit_interns1.models.time_series import TimeSeriesConfig, TimeSeriesEncoder
+from lit_interns1.models.vision import InternVisionConfig, NativeVisionConfig
 
 __all__ = [
-    "PRESETS", "Generation", "LanguageModel", "LanguageModelConfig", "LanguageModelOutput", "MoEConfig",
-    "ParameterCounts", "PositionConfig", "count_parameters", "flops_per_token", "generate", "preset",
+    "MULTIMODAL_PRESETS", "PRESETS", "Generation", "InternVisionConfig", "LanguageModel", "LanguageModelConfig",
+    "LanguageModelOutput", "MoEConfig", "MultimodalConfig", "MultimodalModel", "NativeVisionConfig", "ParameterCounts",
+    "PositionConfig", "TimeSeriesConfig", "TimeSeriesEncoder", "count_parameters", "flops_per_token", "generate",
+    "multimodal_preset", "preset",
 ]  # fmt: skip

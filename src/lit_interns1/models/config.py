@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from lit_interns1.nn.moe.router import ROUTERS
 from lit_interns1.nn.rotary import kept_frequencies
 
-Config = TypeVar("Config", "LanguageModelConfig", "MoEConfig", "PositionConfig")
+Config = TypeVar("Config")
 
 
 def check_positive(config: object, *names: str) -> None:
@@ -201,7 +201,7 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
         ValueError: If a field does not exist, or the result is no valid config.
     """
     values = dict(changes)
-    known = [entry.name for entry in fields(config)]
+    known = [entry.name for entry in fields(config)]  # type: ignore[arg-type]
     for name, value in changes.items():
         if name not in known:
             raise ValueError(f"{type(config).__name__} has no field {name!r} to change: it has {', '.join(known)}")
@@ -209,8 +209,8 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
         if isinstance(value, Mapping):
             if not is_dataclass(inner):
                 raise ValueError(f"{name} = {inner!r} has no fields: {dict(value)} cannot be changed in it")
-            values[name] = changed(inner, value)  # type: ignore[type-var]
-    return replace(config, **values)
+            values[name] = changed(inner, value)
+    return replace(config, **values)  # type: ignore[type-var]
 
 
 def config_from_dict(values: Mapping[str, Any]) -> LanguageModelConfig:

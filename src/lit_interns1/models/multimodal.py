@@ -17,10 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lit_interns1.models.config import LanguageModelConfig
+from lit_interns1.models.config import LanguageModelConfig, config_from_dict
 from lit_interns1.models.language_model import LanguageModel, LanguageModelOutput
 from lit_interns1.models.time_series import TimeSeriesConfig, TimeSeriesEncoder
-from lit_interns1.models.vision import VisionConfig, build_merger, build_vision
+from lit_interns1.models.vision import (
+    InternVisionConfig,
+    NativeVisionConfig,
+    VisionConfig,
+    build_merger,
+    build_vision,
+)  # fmt: skip
 from lit_interns1.nn.media import MediaItems, signals_of
 from lit_interns1.nn.parallel_plan import ParallelPlan
 
@@ -68,6 +74,16 @@ class MultimodalConfig:
         if self.time_series is not None:
             found["time_series"] = self.time_series_token_id
         return {kind: token for kind, token in found.items() if token is not None}
+
+
+def multimodal_config_from_dict(values: Mapping[str, Any]) -> MultimodalConfig:
+    """The config that `dataclasses.asdict` was taken of."""
+    given = {**values, "text": config_from_dict(values["text"])}
+    if (vision := values["vision"]) is not None:
+        given["vision"] = InternVisionConfig(**vision) if "image_size" in vision else NativeVisionConfig(**vision)
+    if (signals := values["time_series"]) is not None:
+        given["time_series"] = TimeSeriesConfig(**signals)
+    return MultimodalConfig(**given)
 
 
 class MultimodalModel(nn.Module):

@@ -13,7 +13,6 @@ interpolated and queries and keys rotated by row and column; its patches come in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -322,7 +321,10 @@ class NativeVisionEncoder(VisionEncoder):
         """(ΣP, 3·t·p·p) and (M, 3), both frame by frame in the order of the merge windows, → (ΣP, H)."""
         check_grid(patches_PC, grid_M3, self.config)
         device, merge = patches_PC.device, self.config.merge_size
-        index, weight, place, frames = [], [], [], []
+        index: list[Tensor] = []
+        weight: list[Tensor] = []
+        place: list[Tensor] = []
+        frames: list[int] = []
         for time, height, width in grid_M3.tolist():
             order = window_order(height, width, merge)
             four_index, four_weight = self._positions(height, width)
@@ -380,7 +382,7 @@ def build_vision(config: VisionConfig) -> VisionEncoder:
     """The encoder that a config describes."""
     if isinstance(config, InternVisionConfig):
         return InternVisionEncoder(config)
-    return NativeVisionEncoder(cast(NativeVisionConfig, config))
+    return NativeVisionEncoder(config)
 
 
 def build_merger(config: VisionConfig, output_size: int) -> PatchMerger:

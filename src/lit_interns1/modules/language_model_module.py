@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lit_interns1.callbacks import ExpertBiasUpdate, TokenClock, TokenExactLoss, TokenLearningRate
-from lit_interns1.checkpoints import CONFIG_KEY, load_sharded, read_checkpoint
+from lit_interns1.checkpoints import CONFIG_KEY, MULTIMODAL_KEY, load_sharded, read_checkpoint
 from lit_interns1.checkpoints.huggingface import (
     LoadedWeights,
     WeightsError,
@@ -103,9 +103,13 @@ class LanguageModelModule(LightningModule):
         """Builds the network on the meta device, and fills it unless the strategy divides it first."""
         if not hasattr(self, "model"):
             with torch.device("meta"):
-                self.model = LanguageModel(self.config)
+                self.model = self.build_model()
             if self._trainer is None or not getattr(self._trainer.strategy, "shards_modules", False):
                 self.materialize("cpu")
+
+    def build_model(self) -> Any:
+        """The network that the config describes; on the meta device, if that is the default."""
+        return LanguageModel(self.config)
 
     def materialize(self, device: torch.device | str) -> None:
         """Fills in the initial weights: those of `init_weights`, or random ones. They do not depend on how the model is
@@ -150,8 +154,19 @@ class LanguageModelModule(LightningModule):
         return self.model(
             batch.input_ids, position_ids=batch.position_ids, cu_seqlens=batch.cu_seqlens, targets=targets,
             token_mask_T=batch.sample_id_T >= 0 if padded else None,
-            routed_experts_TLK=batch.token_fields.get("routed_experts"), **options,
+            routed_experts_TLK=batch.token_fields.get("routed_experts"), **self.media_inputs(batch), **options,
         )  # fmt: skip
+
+    def media_inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        """What the network takes beside tokens: nothing.
+
+        Raises:
+            ValueError: If the batch has more.
+        """
+        if batch.media:
+            raise ValueError(f"the batch holds {', '.join(batch.media)}, which LanguageModelModule cannot see: train "
+                             "MultimodalModule")  # fmt: skip
+        return {}
 
     def token_scores(self, batch: PackedBatch, **options: Any) -> TokenScores:
         """Scores of the batch's labels, (T,) each: what per-domain losses, salience and diagnostics read."""
@@ -235,11 +250,26 @@ def load_language_model(path: str | Path, device: torch.device | str = "cpu") ->
         raise ValueError(f"checkpoint {path} has no {CONFIG_KEY!r}: it was not written by LanguageModelModule")
     with torch.device("meta"):
         model = LanguageModel(config_from_dict(checkpoint[CONFIG_KEY]))
+    prefix = "model.language_model." if MULTIMODAL_KEY in checkpoint else "model."
+    fill_from_checkpoint(model, path, checkpoint, prefix, device)
+    return model.eval()
+
+
+def fill_from_checkpoint(
+    model: nn.Module, path: str | Path, checkpoint: dict[str, Any], prefix: str, device: torch.device | str = "cpu"
+) -> None:
+    """Fills a model on the meta device with the weights of a checkpoint (one file or sharded).
+
+    Args:
+        model: What to fill.
+        path: The checkpoint.
+        checkpoint: What `read_checkpoint` gave for it.
+        prefix: What stands before the model's names there.
+        device: Where the model goes.
+    """
     materialize(model, device=device)
-    prefix = "model."
     if Path(path).is_dir():
         load_sharded({"state_dict": {prefix + name: tensor for name, tensor in model.state_dict().items()}}, path)
-        return model.eval()
+        return
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     model.load_state_dict(weights)
-    return model.eval()
