@@ -22,6 +22,7 @@ from lit_interns1.checkpoints import (
 from lit_interns1.checkpoints.huggingface import end_of_text_ids, load
 from lit_interns1.checkpoints.huggingface.files import WeightFiles
 from lit_interns1.checkpoints.huggingface.safetensors_file import DTYPES, SafetensorsFile
+from lit_interns1.checkpoints.huggingface.sources import FolderSource
 from lit_interns1.models import LanguageModel
 
 INDEX = "model.safetensors.index.json"
@@ -568,3 +569,17 @@ def on_ranks(rank, world, shards, broken, nan, elsewhere):
         found["hashed"] = load_pretrained_weights(model, shards).bytes_hashed
         results[form] = found
     return results
+
+
+def test_sources_of_exports_are_checked_too(shards, tensors):
+    source = FolderSource(shards)
+    assert torch.equal(source.read("embed_tokens.weight", (slice(3, 9), slice(0, 32))), tensors[KEY][3:9])
+    with (shards / SHARD).open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\x77")
+    with pytest.raises(WeightsError, match=f"the SHA-256 of {SHARD}"):
+        FolderSource(shards)
+    FolderSource(shards, verify_checksums=False)
+    (shards / "config.json").write_text(json.dumps({**VALUES, "num_hidden_layers": 4096}))
+    with pytest.raises(WeightsError, match="num_layers = 4096, but its files have room for"):
+        FolderSource(shards)

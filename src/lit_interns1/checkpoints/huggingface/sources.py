@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lit_interns1.checkpoints.agreement import this_rank
+from lit_interns1.checkpoints.agreement import this_rank, together
 from lit_interns1.checkpoints.huggingface.audit import plan_weights, saved_tensors
-from lit_interns1.checkpoints.huggingface.config import is_pretrained_folder, read_pretrained_config
+from lit_interns1.checkpoints.huggingface.config import is_pretrained_folder
 from lit_interns1.checkpoints.huggingface.errors import WeightsError
-from lit_interns1.checkpoints.huggingface.files import WeightFiles, Window
+from lit_interns1.checkpoints.huggingface.files import Window
+from lit_interns1.checkpoints.huggingface.opening import open_pretrained, verify_share
 from lit_interns1.checkpoints.huggingface.rules import Piece
 from lit_interns1.checkpoints.huggingface.safetensors_file import DTYPES
 from lit_interns1.checkpoints.reading import CONFIG_KEY, read_checkpoint
@@ -171,6 +172,7 @@ class FolderSource(StoredSource):
 
     Args:
         folder: Holds config.json and safetensors files.
+        verify_checksums: Compare the files with the SHA-256 sums of their index, if it has any.
 
     Attributes:
         config: The model's config.
@@ -180,13 +182,15 @@ class FolderSource(StoredSource):
         WeightsError: If the folder cannot be read or does not hold what its config.json describes.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        pretrained = read_pretrained_config(folder)
-        self.config, self.layout = pretrained.model, pretrained.layout
-        self._files = WeightFiles(Path(folder), pretrained.block_shape)
-        with torch.device("meta"):
-            model = LanguageModel(self.config)
-        plan, shapes = plan_weights(model, self._files, self.layout), saved_tensors(model)
+    def __init__(self, folder: str | Path, verify_checksums: bool = True) -> None:
+        with together():
+            pretrained, self._files = open_pretrained(folder)
+            self.config, self.layout = pretrained.model, pretrained.layout
+            with torch.device("meta"):
+                model = LanguageModel(self.config)
+            plan, shapes = plan_weights(model, self._files, self.layout), saved_tensors(model)
+            if verify_checksums:
+                verify_share(self._files)
         self._pieces = {source.name: source.pieces for source in plan.sources}
         self.tensors = {
             name: TensorInfo(tuple(shapes[name][0].shape), self._common_type(pieces))
