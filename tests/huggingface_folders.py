@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from lit_interns1.models import LanguageModel, LanguageModelConfig, MoEConfig, PositionConfig
 
@@ -66,3 +67,16 @@ def write_folder(folder: Path, tensors: dict[str, torch.Tensor], values=None, fi
         weight_map |= dict.fromkeys(part, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def nested_modules(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
+    """Modules inside modules with zeros of these shapes under these names."""
+    root = nn.Module()
+    for name, shape in shapes.items():
+        module, *path = root, *name.split(".")
+        for step in path[:-1]:
+            if step not in module._modules:
+                module.add_module(step, nn.Module())
+            module = module.get_submodule(step)
+        module.register_parameter(path[-1], nn.Parameter(torch.zeros(shape)))
+    return root

@@ -165,7 +165,7 @@ def test_what_a_config_says_of_other_things_is_kept():
     }  # fmt: skip
     values = config_to_pretrained(DENSE, LAYOUTS["internvl"], "bfloat16", like)
     assert values["image_token_id"] == 60
-    assert values["vision_config"] == {"hidden_size": 24, "dtype": "bfloat16", "norm_type": "rms_norm"}
+    assert values["vision_config"] == {"hidden_size": 24, "dtype": "float32", "norm_type": "rms_norm"}
     assert values["architectures"] == ["InternVLForConditionalGeneration"]
     assert values["hidden_size"] == 32  # where a file repeats a field of the text part
     assert "quantization_config" not in values

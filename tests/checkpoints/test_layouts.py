@@ -5,13 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
 
-from huggingface_folders import CONFIG, VALUES, write_folder, written_tensors
+from huggingface_folders import CONFIG, VALUES, nested_modules, write_folder, written_tensors
 from lit_interns1.checkpoints import WeightsError, load_pretrained_weights
-from lit_interns1.checkpoints.huggingface import LAYOUTS
-from lit_interns1.checkpoints.huggingface.audit import saved_tensors
-from lit_interns1.checkpoints.huggingface.rules import pieces
+from lit_interns1.checkpoints.huggingface.export import export_pretrained
+from lit_interns1.checkpoints.huggingface.sources import ModelSource
 from lit_interns1.models import LanguageModel, PositionConfig
 
 H, M, D = 6, 8, 32  # width of the vision encoder, inside its feed-forward networks, of the decoder
@@ -184,35 +183,14 @@ def encoder_tensors(stored):
     return result
 
 
-def nested(tensors):
-    """Modules inside modules that hold zeros of these shapes under these names."""
-    root = nn.Module()
-    for name, tensor in tensors.items():
-        module, *path = root, *name.split(".")
-        for step in path[:-1]:
-            if step not in module._modules:
-                module.add_module(step, nn.Module())
-            module = module.get_submodule(step)
-        module.register_parameter(path[-1], nn.Parameter(torch.zeros(tensor.shape)))
-    return root
+def shapes(tensors):
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def whole_model(layout, encoders):
-    model = nested(encoder_tensors(encoders))
+    model = nested_modules(shapes(encoder_tensors(encoders)))
     model.language_model = LanguageModel.create(FOPE if layout == "interns1_pro" else CONFIG, seed=9)
     return model
-
-
-def written(model, layout, keys):
-    """A model's tensors as files hold them, in the spelling of these keys."""
-    result = {}
-    for name, (tensor, _) in saved_tensors(model).items():
-        ways = [list(pieces(spelling, tuple(tensor.shape))) for spelling in LAYOUTS[layout].spellings(name)]
-        for piece in next(way for way in ways if way[0].key in keys):
-            part = tensor.detach()[piece.box]
-            part = part[0] if piece.is_matrix else part
-            result[piece.key] = (part.mT if piece.transposed else part).contiguous()
-    return result
 
 
 @pytest.fixture(params=FILES)
@@ -226,13 +204,15 @@ def test_whole_models_are_read_and_written_bit_by_bit(files, tmp_path):
     layout, encoders, decoder, theirs = files
     stored = {**theirs, **encoders}
     model = whole_model(layout, encoders)
-    loaded = load_pretrained_weights(model, write_folder(tmp_path, stored, config_values(layout)))
-    assert loaded.elsewhere == {}
+    folder = write_folder(tmp_path / "theirs", stored, config_values(layout))
+    assert load_pretrained_weights(model, folder).elsewhere == {}
     state = dict(model.state_dict())
     expected = encoder_tensors(encoders) | {f"language_model.{k}": v for k, v in decoder.state_dict().items()}
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
-    again = written(model, layout, stored)
+    export_pretrained(ModelSource(model), decoder.config, tmp_path / "again", like=folder)
+    (file,) = (tmp_path / "again").glob("*.safetensors")
+    again = load_file(file)
     assert again.keys() == stored.keys()
     assert all(torch.equal(again[key], tensor) for key, tensor in stored.items())
 
@@ -307,7 +287,7 @@ def test_what_a_model_lacks_lies_elsewhere(files, tmp_path, caplog):
     for pattern, number in loaded.elsewhere.items():
         assert f"{number} tensors {pattern} are not part of this model" in caplog.text
     # encoders without a decoder
-    model = nested(encoder_tensors(encoders))
+    model = nested_modules(shapes(encoder_tensors(encoders)))
     loaded = load_pretrained_weights(model, folder)
     assert sum(loaded.elsewhere.values()) == len(theirs)
     head = next(key for key in theirs if "lm_head" in key).removesuffix("weight")
@@ -338,7 +318,7 @@ def test_a_merger_inside_the_vision_module_is_a_part_of_its_own(tmp_path):
         assert load_pretrained_weights(whole, folder).elsewhere == expected, parts
     # what lies in a part that is there has to be part of it
     del whole.time_series
-    whole.projector = nested({k: v for k, v in encoder_tensors(encoders).items() if "projector" in k}).projector
+    whole.projector = nested_modules(shapes(encoder_tensors(encoders))).projector
     stored["model.visual.merger.norm3.weight"] = random(3)
     stored["model.visual.blocks.7.norm1.weight"] = random(3)
     problems = refused(whole, write_folder(tmp_path, stored, config_values("interns1_pro")))

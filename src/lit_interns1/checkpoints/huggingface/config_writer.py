@@ -174,19 +174,13 @@ def _values(config: LanguageModelConfig, layout: Layout, dtype: str, like: Mappi
     if text_type in LAYOUTS:
         text["architectures"] = [LAYOUTS[text_type].architecture]
     text |= _text_values(config, text_type, text_like)
-    kept = {name: _typed(part, dtype) if isinstance(part, Mapping) else part for name, part in like.items()}
-    repeated = {name: text[name] for name in kept.keys() & text.keys() & _NETWORK_FIELDS}
-    return {**kept, **repeated, **outer, layout.text_key: _merged(text_like, text)}
+    repeated = {name: text[name] for name in like.keys() & text.keys() & _NETWORK_FIELDS}
+    return {**like, **repeated, **outer, layout.text_key: _merged(text_like, text)}
 
 
 def _merged(like: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `like` in their order, those of the network replaced or dropped, and then what is new."""
     return {k: v for k, v in like.items() if k in values or k not in _NETWORK_FIELDS} | dict(values)
-
-
-def _typed(part: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The config of an encoder, whose weights are written with the same type."""
-    return {k: dtype if k in ("dtype", "torch_dtype") and v is not None else v for k, v in part.items()}
 
 
 def _text_values(config: LanguageModelConfig, text_type: str, like: Mapping[str, Any]) -> dict[str, Any]:
