@@ -330,7 +330,7 @@ def _positions(fields: _Fields, text_type: str, head_dim: int) -> PositionConfig
     )
 
 
-def _block_shape(values: Mapping[str, Any], path: Path) -> tuple[int, int]:
+def _block_shape(values: Mapping[str, Any], path: str | Path) -> tuple[int, int]:
     quantization = values.get("quantization_config")
     if not quantization:
         return (128, 128)
