@@ -13,12 +13,14 @@ from lit_interns1.commands.process import keep_freed_memory, quiet_waiting_threa
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("lit_interns1.commands.generate:generate_text", "continue a prompt with a checkpoint"),
+    "export": ("lit_interns1.commands.export:export_weights", "write a checkpoint's weights as a Hugging Face folder"),
     "summarize": ("lit_interns1.commands.summarize:summarize", "pictures, samples and baselines of a finished run"),
     "salience": ("lit_interns1.commands.salience:SUBCOMMANDS", "which validation tokens tell what a model can do"),
 }
 """Commands of our own: where they are, and what they do."""
 
 PAGE_COMMANDS: dict[str, tuple[str, str]] = {
+    "expand": ("lit_interns1.commands.expand", "a larger model from a trained one: experts, positions, tokens"),
     "lr-search": ("lit_interns1.commands.lr_search", "the best learning rate of a config; the law of several"),
     "batch-size-law": ("lit_interns1.commands.batch_size_law", "from runs at several batch sizes to a schedule of it"),
     "batch-size-branch": ("lit_interns1.commands.batch_size_branch", "the critical batch size at a checkpoint"),

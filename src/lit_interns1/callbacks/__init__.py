@@ -4,6 +4,7 @@ from lit_interns1.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lit_interns1.callbacks.capability_salience import CapabilitySalienceValidation
 from lit_interns1.callbacks.console_progress import ConsoleProgress
 from lit_interns1.callbacks.expert_bias import ExpertBiasUpdate
+from lit_interns1.callbacks.export_weights import ExportWeights
 from lit_interns1.callbacks.gradient_noise_scale import GradientNoiseScale
 from lit_interns1.callbacks.learning_rate_search import LearningRateSearch
 from lit_interns1.callbacks.router_alerts import RouterAlerts
@@ -21,6 +22,7 @@ __all__ = [
     "CapabilitySalienceValidation",
     "ConsoleProgress",
     "ExpertBiasUpdate",
+    "ExportWeights",
     "GradientNoiseScale",
     "LearningRateSearch",
     "RouterAlerts",

@@ -62,6 +62,10 @@ class _Slice(io.RawIOBase):
         return count
 
 
+def _slice(file: io.BufferedReader, chunk: _Chunk) -> io.BufferedReader:
+    return io.BufferedReader(_Slice(file, chunk.offset, chunk.length))
+
+
 class ShardedTensors:
     """The tensors of a sharded checkpoint whose names begin with a prefix.
 
@@ -150,7 +154,7 @@ class ShardedTensors:
         shape, dtype = tuple(part.stop - part.start for part in chunk.box), self.tensors[name][1]
         try:
             with chunk.file.open("rb") as stream, FakeTensorMode():
-                stored = torch.load(_Slice(stream, chunk.offset, chunk.length), weights_only=True)
+                stored = torch.load(_slice(stream, chunk), weights_only=True)
             first = stored.untyped_storage()._checkpoint_offset
             size = stored.untyped_storage().nbytes()
             plain = _stored_uncompressed(chunk, first)
@@ -181,6 +185,6 @@ class ShardedTensors:
 
 def _stored_uncompressed(chunk: _Chunk, first: int) -> bool:
     """Whether the record that begins behind `first` bytes of the archive is stored as it is."""
-    with chunk.file.open("rb") as stream, zipfile.ZipFile(_Slice(stream, chunk.offset, chunk.length)) as archive:
+    with chunk.file.open("rb") as stream, zipfile.ZipFile(_slice(stream, chunk)) as archive:
         before = [entry for entry in archive.infolist() if entry.header_offset < first]
     return max(before, key=lambda entry: entry.header_offset).compress_type == zipfile.ZIP_STORED

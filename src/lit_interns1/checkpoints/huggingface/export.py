@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,20 +26,20 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
-from torch.nn import functional as F
 
 from lit_interns1.checkpoints.agreement import gather, this_rank, together
 from lit_interns1.checkpoints.huggingface.config import CONFIG_FILE, GENERATION_CONFIG_FILE
 from lit_interns1.checkpoints.huggingface.config_writer import config_to_pretrained
 from lit_interns1.checkpoints.huggingface.errors import WeightsError
-from lit_interns1.checkpoints.huggingface.export_plan import ExportPlan, LikeFolder, WrittenPiece, plan_export
+from lit_interns1.checkpoints.huggingface.export_plan import FP8, ExportPlan, LikeFolder, WrittenPiece, plan_export
 from lit_interns1.checkpoints.huggingface.files import CHECKSUMS, INDEX, SCALE_SUFFIX, Window
-from lit_interns1.checkpoints.huggingface.safetensors_file import DTYPES, SafetensorsFile
+from lit_interns1.checkpoints.huggingface.fp8_blocks import FP8Blocks, keep_unchanged, quantized, scale_window
+from lit_interns1.checkpoints.huggingface.safetensors_file import SafetensorsFile
 from lit_interns1.checkpoints.huggingface.safetensors_writer import SafetensorsWriter, blocks
-from lit_interns1.checkpoints.huggingface.sources import WeightSource
+from lit_interns1.checkpoints.huggingface.sources import WeightSource, torch_type
 from lit_interns1.checkpoints.publish import partial_path
 from lit_interns1.models import LanguageModelConfig
-from lit_interns1_kernels.fp8_quantize import BLOCK, quantize_128x128
+from lit_interns1_kernels.fp8_quantize import BLOCK
 
 _log = logging.getLogger(__name__)
 
@@ -127,8 +127,7 @@ def export_pretrained(
         )
         windows = {name: source.windows(name) for name in source.tensors}
         _check_blocks(plan, windows)
-        if not dry_run:
-            _check_free(final)
+        _check_free(final)
         beside = _beside(like_folder, tokenizer, config)
     _check_cover(source, windows)
     total = sum(place.nbytes for place in plan.places.values())
@@ -164,7 +163,7 @@ def _check_free(final: Path) -> None:
         raise WeightsError(f"{final} exists: an export overwrites nothing; name another folder or remove it")
 
 
-def _check_blocks(plan: ExportPlan, windows: Mapping[str, list[Window]]) -> None:
+def _check_blocks(plan: ExportPlan, windows: Mapping[str, Sequence[Window]]) -> None:
     """What this process holds of an FP8 matrix is whole blocks, whose scales need all of their numbers."""
     for written in plan.pieces:
         for window in windows[written.name] if written.scaled else ():
@@ -179,7 +178,7 @@ def _check_blocks(plan: ExportPlan, windows: Mapping[str, list[Window]]) -> None
                     )
 
 
-def _check_cover(source: WeightSource, windows: Mapping[str, list[Window]]) -> None:
+def _check_cover(source: WeightSource, windows: Mapping[str, Sequence[Window]]) -> None:
     """All ranks together contribute every number once."""
     held = [sum(prod(p.stop - p.start for p in window) for window in windows[name]) for name in source.tensors]
     everywhere = [sum(counts) for counts in zip(*gather(held), strict=True)]
@@ -226,7 +225,7 @@ class _Export:
     """One folder under way."""
 
     def __init__(
-        self, final: Path, plan: ExportPlan, source: WeightSource, windows: Mapping[str, list[Window]],
+        self, final: Path, plan: ExportPlan, source: WeightSource, windows: Mapping[str, Sequence[Window]],
         like: LikeFolder | None, progress: bool,
     ) -> None:  # fmt: skip
         self.final, self.partial = final, partial_path(final)
@@ -323,8 +322,7 @@ class _Export:
     def _write_window(self, written: WrittenPiece, window: Window) -> Iterator[None]:
         key, piece = written.piece.key, written.piece
         place = self.plan.places[key]
-        dtype = DTYPES[place.dtype][1]
-        assert dtype is not None
+        dtype = torch_type(place.dtype)
         numbers = BLOCK_BYTES // max(self.source.tensors[written.name].dtype.itemsize, dtype.itemsize)
         for block in blocks(window, numbers, BLOCK if written.scaled else 1):
             values = piece.as_theirs(self.source.read(written.name, piece.in_ours(block)))
@@ -335,17 +333,22 @@ class _Export:
 
     def _quantized(self, key: str, block: Window, values: Tensor) -> Tensor:
         """The numbers in FP8; their scales are written here."""
-        place = self.plan.places[key + SCALE_SUFFIX]
-        columns = values.shape[-1]
-        padded = F.pad(values.float(), (0, -columns % BLOCK))
-        quantized, scales = quantize_128x128(padded, self.plan.power_of_two_scales)
-        if not scales.isfinite().all():
+        result = quantized(values, self.plan.power_of_two_scales)
+        if not result.scales.isfinite().all():
             raise WeightsError(f"{key} holds numbers that are not finite, which FP8 cannot")
-        rows = [slice(part.start // BLOCK, -(-part.stop // BLOCK)) for part in block[-2:]]
-        dtype = DTYPES[place.dtype][1]
-        assert dtype is not None
-        self.writer.write(place, (*block[:-2], *rows), scales.to(dtype))
-        return quantized[..., :columns]
+        scale_key, window = key + SCALE_SUFFIX, scale_window(block)
+        files = self.like.files if self.like is not None else None
+        stored = files.tensors.get(key) if files is not None else None
+        if (
+            files is not None
+            and stored is not None
+            and (stored.dtype, stored.shape) == (FP8, self.plan.places[key].shape)
+        ):
+            old = (files.read_stored(*part) for part in ((key, block), (scale_key, window)))
+            result = keep_unchanged(values, result, FP8Blocks(*old))
+        place = self.plan.places[scale_key]
+        self.writer.write(place, window, result.scales.to(torch_type(place.dtype)))
+        return result.numbers
 
     def _copy(self, key: str) -> Iterator[None]:
         assert self.like is not None

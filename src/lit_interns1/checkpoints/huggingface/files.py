@@ -178,16 +178,17 @@ class WeightFiles:
             WeightsError: If the file cannot be read, or has changed since its header was.
         """
         stored = self.tensors[key]
-        values = self._stored(key, window)
+        values = self.read_stored(key, window)
         if not stored.is_scaled:
             return values
         blocks: list[slice] = list(window[:-2])
         for part, block in zip(window[-2:], self.block_shape, strict=True):
             blocks.append(slice(part.start // block, -(-part.stop // block)))
-        scales = self._stored(key + SCALE_SUFFIX, tuple(blocks))
+        scales = self.read_stored(key + SCALE_SUFFIX, tuple(blocks))
         return dequantize(values, scales, self.block_shape, (window[-2].start, window[-1].start))
 
-    def _stored(self, key: str, window: Window) -> Tensor:
+    def read_stored(self, key: str, window: Window) -> Tensor:
+        """As `read`, but FP8 numbers as they are, without their scales."""
         values = self._files[self.tensors[key].file].read(key, window)
         self.bytes_read += values.numel() * values.element_size()
         return values

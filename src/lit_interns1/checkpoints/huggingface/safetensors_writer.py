@@ -119,7 +119,7 @@ class SafetensorsWriter:
             window: Part of it.
             values: Its numbers, of the tensor's type and on any device.
         """
-        content = memoryview(values.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        content = values.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
         item = DTYPES[place.dtype][0] // 8
         position = 0
         for start, length in _runs(place.shape, window):
