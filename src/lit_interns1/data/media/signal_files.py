@@ -6,7 +6,6 @@ Nothing in a file is executed: arrays of Python objects are refused.
 
 from __future__ import annotations
 
-import csv
 import math
 import wave
 import zipfile
@@ -165,48 +164,57 @@ def _wave_blocks(path: Path) -> Iterator[np.ndarray]:
 
 def _csv_blocks(path: Path, max_channels: int) -> Iterator[np.ndarray]:
     """Rows are points, columns are channels; a first line without any number is a header."""
-    rows: list[list[float]] = []
-    columns = None
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(_lines(file, path))
-        try:
-            for cells in reader:
-                if not cells:
-                    continue
-                if columns is None:
-                    columns = len(cells)
+    columns, number = 0, 1
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            while lines := _some_lines(file, path):
+                rows = {at: text for at, text in enumerate(lines, start=number) if not text.isspace()}
+                number += len(lines)
+                if rows and columns == 0:
+                    first, text = next(iter(rows.items()))
+                    columns = len(text.split(","))
                     _check_channels(columns, max_channels, str(path))
-                    if not any(_is_number(cell) for cell in cells):
-                        continue
-                if len(cells) != columns:
-                    where = f"{path}, line {reader.line_num}"
-                    raise MediaError(f"{where}: {len(cells)} columns, {columns} in the first line")
-                rows.append([float(cell) for cell in cells])
-                if len(rows) * columns >= BLOCK // 16:  # as lists they take many times the room
-                    yield np.array(rows)
-                    rows.clear()
-        except UnicodeDecodeError as error:
-            raise MediaError(f"{path}: not UTF-8 ({error})") from error
-        except csv.Error as error:
-            raise MediaError(f"{path}, line {reader.line_num}: {error}") from error
-        except ValueError as error:
-            if isinstance(error, MediaError):
-                raise
-            raise MediaError(f"{path}, line {reader.line_num}: not a number ({error})") from error
-    if rows:
-        yield np.array(rows)
+                    if not any(map(_is_number, text.split(","))):
+                        del rows[first]
+                if rows:
+                    yield _parse(rows, columns, path)
+    except UnicodeDecodeError as error:
+        raise MediaError(f"{path}: not UTF-8 ({error})") from error
 
 
-def _lines(file: IO[str], path: Path) -> Iterator[str]:
-    while line := file.readline(_MAX_LINE):
+def _parse(rows: dict[int, str], columns: int, path: Path) -> np.ndarray:
+    """Numbers (n, columns) of rows of text by their line."""
+    try:
+        block = np.loadtxt(list(rows.values()), delimiter=",", comments=None, quotechar='"', ndmin=2)
+    except ValueError as error:
+        reason = str(error)
+    else:
+        if block.shape[1] == columns:
+            return block
+        reason = f"{block.shape[1]} columns"
+    for line, text in rows.items():  # which line is it?
+        cells = text.split(",")
+        if len(cells) != columns:
+            raise MediaError(f"{path}, line {line}: {len(cells)} columns, {columns} in the first line")
+        if not all(map(_is_number, cells)):
+            raise MediaError(f"{path}, line {line}: not a number in {text.strip()[:80]!r}")
+    raise MediaError(f"{path}, lines {min(rows)}…{max(rows)}: {reason}")
+
+
+def _some_lines(file: IO[str], path: Path) -> list[str]:
+    """The next lines, of some hundred thousand characters; none at the end."""
+    lines, size = [], 0
+    while size < BLOCK // 4 and (line := file.readline(_MAX_LINE)):
         if len(line) == _MAX_LINE and not line.endswith("\n"):
             raise MediaError(f"{path}: a line of more than {_MAX_LINE} characters; rows are points, columns channels")
-        yield line
+        lines.append(line)
+        size += len(line)
+    return lines
 
 
 def _is_number(cell: str) -> bool:
     try:
-        float(cell)
+        float(cell.strip().strip('"'))
     except ValueError:
         return False
     return True
