@@ -36,8 +36,9 @@ _PERIODIC_TABLE = (
     "Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr "
     "Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
 )
-_ELEMENTS = tuple(_PERIODIC_TABLE.split())
-_ATOMIC_NUMBER = {symbol: number for number, symbol in enumerate(_ELEMENTS, start=1)}
+ELEMENTS = tuple(_PERIODIC_TABLE.split())
+"""Symbols of the elements in the order of their atomic numbers."""
+_ATOMIC_NUMBER = {symbol: number for number, symbol in enumerate(ELEMENTS, start=1)}
 _AROMATIC_IN_BRACKETS = ("b", "c", "n", "o", "p", "s", "se", "as", "te", "si")
 
 _VALENCES: dict[str, tuple[int, ...]] = {
@@ -59,7 +60,7 @@ _BOND_ORDER = {"-": 1, "=": 2, "#": 3, "$": 4, ":": 1, "/": 1, "\\": 1}
 
 _BRACKET_ATOM = re.compile(
     r"\[(?P<isotope>\d{1,3})?"
-    rf"(?P<symbol>{'|'.join(sorted((*_ELEMENTS, *_AROMATIC_IN_BRACKETS), key=lambda s: (-len(s), s)))}|\*)"
+    rf"(?P<symbol>{'|'.join(sorted((*ELEMENTS, *_AROMATIC_IN_BRACKETS), key=lambda s: (-len(s), s)))}|\*)"
     r"(?P<chirality>@(?:@|TH[12]|AL[12]|SP[1-3]|TB(?:1\d?|20?|[3-9])|OH(?:[12]\d?|30?|[4-9]))?)?"
     r"(?P<hydrogens>H\d?)?"
     r"(?P<charge>\+\+|--|[+-](?:1[0-5]|\d)?)?"
@@ -396,9 +397,9 @@ def _allowed_valences(symbol: str, charge: int) -> tuple[int, ...] | None:
         return tuple(valence + charge for valence in _VALENCES[symbol] if valence + charge >= 0)
     if number < 1:
         return (0,)
-    if number > len(_ELEMENTS):
+    if number > len(ELEMENTS):
         return None
-    return _VALENCES.get(_ELEMENTS[number - 1], (0,))
+    return _VALENCES.get(ELEMENTS[number - 1], (0,))
 
 
 def _ring_bonds(count: int, bonds: Sequence[Bond]) -> list[bool]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,14 @@ class TextTokenizer:
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint = fingerprint or hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest()
 
+    def definition(self) -> str:
+        """All that determines ids, as JSON."""
+        return self.tokenizer.to_str()
+
+    def extra_pieces(self) -> Iterator[tuple[int, str]]:
+        """(id, text) of pieces outside the wrapped tokenizer; there are none here."""
+        return iter(())
+
     def save(self, path: str | Path) -> None:
         """Writes one `tokenizer.json` that `load_tokenizer` reads."""
         self.tokenizer.save(str(path))
@@ -126,6 +134,8 @@ def load_tokenizer(path: str | Path = "bundled:tokenizer", end_of_text: str | No
     Raises:
         TokenizerError: If there is no tokenizer at `path`, or it has no end-of-text token.
     """
+    from lit_interns1.data.dynamic_tokenizer import files as dynamic  # its classes build on TextTokenizer
+
     if str(path).startswith("bundled:"):
         if str(path) != "bundled:tokenizer":
             raise TokenizerError(f"tokenizer={str(path)!r} is not bundled; there is only 'bundled:tokenizer'")
@@ -133,6 +143,8 @@ def load_tokenizer(path: str | Path = "bundled:tokenizer", end_of_text: str | No
     else:
         file = Path(path).expanduser()
     if file.is_dir():
+        if dynamic.is_published_folder(file):
+            return dynamic.load_published_folder(file, end_of_text)
         if (file / "tokenizer.json").is_file():
             file = file / "tokenizer.json"
         elif (file / "vocab.json").is_file() and (file / "merges.txt").is_file():
@@ -144,6 +156,8 @@ def load_tokenizer(path: str | Path = "bundled:tokenizer", end_of_text: str | No
     if is_gguf_file(file):
         return _from_gguf(file, end_of_text)
     content = file.read_bytes()
+    if dynamic.is_saved_form(content):
+        return dynamic.load_saved(content, str(path), end_of_text)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # tokenizers raises bare Exception

@@ -125,7 +125,7 @@ def data_hash(lanes: HashLanes) -> str:
 
 def tokenizer_hash(tokenizer: TextTokenizer) -> str:
     """The tokenizer hash as 32 hexadecimal digits. Copies of a `tokenizer.json` agree however they are laid out."""
-    return hashlib.blake2b(tokenizer.tokenizer.to_str().encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(tokenizer.definition().encode(), digest_size=16).hexdigest()
 
 
 def bytes_per_token(tokenizer: TextTokenizer) -> IntArray | None:
@@ -141,4 +141,6 @@ def bytes_per_token(tokenizer: TextTokenizer) -> IntArray | None:
         bytes_V[index] = len(token)  # byte-level tokens are written with one character per byte
     for index, added in inner.get_added_tokens_decoder().items():
         bytes_V[index] = 0 if added.special else len(added.content.encode("utf-8"))
+    for index, piece in tokenizer.extra_pieces():
+        bytes_V[index] = len(piece.encode("utf-8"))
     return bytes_V
