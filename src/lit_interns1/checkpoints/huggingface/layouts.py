@@ -160,7 +160,7 @@ def _encoder(
         tensors: Keys by our names, both behind the prefixes.
         modules: The same for modules with a weight and perhaps a bias; of several keys each has some rows of ours.
     """
-    keys = {name: (key,) for name, key in (tensors or {}).items()}
+    keys: dict[str, tuple[str, ...]] = {name: (key,) for name, key in (tensors or {}).items()}
     for name, key in (modules or {}).items():
         for kind in (".weight", ".bias"):
             keys[name + kind] = tuple(one + kind for one in ((key,) if isinstance(key, str) else key))
@@ -183,7 +183,7 @@ _INTERN_VIT_TENSORS = {
     _LAYER + "layer_scale1": _BLOCK + "lambda_1",
     _LAYER + "layer_scale2": _BLOCK + "lambda_2",
 }
-_INTERN_VIT_MODULES = {
+_INTERN_VIT_MODULES: dict[str, str | tuple[str, ...]] = {
     "patch_embedding": "embeddings.patch_embeddings.projection",
     _LAYER + "norm1": _BLOCK + "layernorm_before",
     _LAYER + "norm2": _BLOCK + "layernorm_after",
