@@ -350,7 +350,7 @@ class Part(StateDictSource):
 
     def __init__(self, state_dict, number, parts, dim=0):
         super().__init__(state_dict)
-        object.__setattr__(self, "part", (number, parts, dim))
+        self.part = number, parts, dim
 
     def windows(self, name):
         number, parts, dim = self.part

@@ -26,12 +26,10 @@ from lit_interns1.checkpoints.expansion import Expansion, expanded_config, exper
 from lit_interns1.checkpoints.huggingface.errors import WeightsError
 from lit_interns1.checkpoints.huggingface.files import Window
 from lit_interns1.checkpoints.huggingface.sources import TensorInfo, WeightSource, whole_window
-from lit_interns1.models import LanguageModelConfig
+from lit_interns1.models import LanguageModel, LanguageModelConfig
 from lit_interns1.nn.initialization import draw_normal
-from lit_interns1.nn.rotary import FourierRotaryEmbedding
 
 _PER_EXPERT = re.compile(r"layers\.(\d+)\.mlp\.(router\.(weight|expert_bias)|experts\.(gate_up|down)_proj)")
-_DENSE = re.compile(r"layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight")
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 
 
@@ -59,6 +57,7 @@ class ExpandedSource:
     Attributes:
         config: The grown model.
         sources_LE: Which old expert each new one copies, see `expert_sources`.
+        tensors: All tensors of the grown model.
 
     Raises:
         ValueError: If the expansion is not defined for this model.
@@ -78,11 +77,7 @@ class ExpandedSource:
             self._resize_vocabulary()
         if self.config.positions.kind == "fope" and config.positions.kind == "rope":
             self._mix_frequencies()
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """All tensors of the grown model."""
-        return {name: tensor.info for name, tensor in self._made.items()}
+        self.tensors = {name: tensor.info for name, tensor in self._made.items()}
 
     def windows(self, name: str) -> Sequence[Window]:
         """What this process contributes of a tensor."""
@@ -128,18 +123,17 @@ class ExpandedSource:
     def _resize_vocabulary(self) -> None:
         expansion, rows = self._expansion, self.config.vocab_size
         for name in _VOCABULARY:
-            if name in self._source.tensors:
-                mean_D, std_D = column_moments(self._source, name)
-                key = f"{expansion.seed}:{name}:noise"
-                self._made[name] = _Resized(self._source, name, rows, mean_D, expansion.vocab_noise * std_D, key)
+            if name not in self._source.tensors:
+                continue
+            new = None
+            if rows > self._source.tensors[name].shape[0]:
+                mean_D, deviation_D = column_moments(self._source, name)
+                new = mean_D, expansion.vocab_noise * deviation_D
+            key = f"{expansion.seed}:{name}:noise"
+            self._made[name] = _Resized(self._source, name, rows, new, key)
 
     def _mix_frequencies(self) -> None:
-        config = self.config.positions
-        rotary = FourierRotaryEmbedding(
-            self.config.head_dim, config.theta, config.max_position_embeddings, self.config.num_kv_heads,
-            init_factor=config.fope_init_factor, separate_heads=config.fope_separate_heads,
-            num_frequencies=config.fope_num_frequencies, seed=config.fope_seed,
-        )  # fmt: skip
+        rotary = LanguageModel.build_rotary(self.config)
         for name, tensor in rotary.state_dict(prefix="rotary_emb.").items():
             self._made[name] = _Drawn(TensorInfo(tuple(tensor.shape), torch.float32), tensor.clone)
 
@@ -266,13 +260,12 @@ class _Upcycled:
 
 @dataclass(frozen=True)
 class _Resized:
-    """Rows of a vocabulary: the old ones, then new ones around `mean_D`; or the first of the old ones."""
+    """Rows of a vocabulary: the old ones, then new ones with this mean and deviation; or the first of the old ones."""
 
     source: WeightSource
     name: str
     rows: int
-    mean_D: Tensor
-    deviation_D: Tensor
+    new: tuple[Tensor, Tensor] | None
     key: str
 
     @property
@@ -294,8 +287,10 @@ class _Resized:
         info, old = self.info, min(rows.stop, self.source.tensors[self.name].shape[0])
         parts = [self.source.read(self.name, (slice(rows.start, old), columns))] if rows.start < old else []
         for row in range(max(rows.start, old), rows.stop):
-            noise_D = self.deviation_D * draw_normal(f"{self.key}:{row}", info.shape[1:], 1.0).double()
-            parts.append((self.mean_D + noise_D)[None, columns].to(info.dtype))
+            assert self.new is not None
+            mean_D, deviation_D = self.new
+            noise_D = deviation_D * draw_normal(f"{self.key}:{row}", info.shape[1:], 1.0).double()
+            parts.append((mean_D + noise_D)[None, columns].to(info.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -325,16 +320,16 @@ def _with_noise(values: Tensor, window: Window, shape: tuple[int, ...], noise: f
 # -- in memory ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class StateDictSource:
-    """Tensors in memory as a source."""
+    """Tensors in memory as a source.
 
-    state_dict: Mapping[str, Tensor]
+    Args:
+        state_dict: The tensors by our names.
+    """
 
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Shapes and types."""
-        return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self.state_dict.items()}
+    def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
+        self.state_dict = state_dict
+        self.tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in state_dict.items()}
 
     def windows(self, name: str) -> Sequence[Window]:
         """Whole tensors."""

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_interns1.models.config import LanguageModelConfig
 from lit_interns1.nn.attention import GroupedQueryAttention
-from lit_interns1.nn.document_attention import Attend, DocumentAttention
+from lit_interns1.nn.document_attention import Attend, DocumentAttention, restarting_positions
 from lit_interns1.nn.feed_forward import SwiGLU
 from lit_interns1.nn.head import GradientHint, LanguageModelHead, TokenScores
 from lit_interns1.nn.moe import ROUTERS, MoEFeedForward, RoutedExperts, Router, RouterStats, RoutingRecord
@@ -133,7 +133,7 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderBlock(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = self._build_rotary(config)
+        self.rotary_emb = self.build_rotary(config)
         self.lm_head = LanguageModelHead(
             config.hidden_size, config.vocab_size,
             initializer_std=config.initializer_range,
@@ -143,7 +143,8 @@ class LanguageModel(nn.Module):
         self.tie_weights()
 
     @staticmethod
-    def _build_rotary(config: LanguageModelConfig) -> RotaryEmbedding | FourierRotaryEmbedding:
+    def build_rotary(config: LanguageModelConfig) -> RotaryEmbedding | FourierRotaryEmbedding:
+        """The position tables that a config describes."""
         positions = config.positions
         if positions.kind == "rope":
             return RotaryEmbedding(config.head_dim, positions.theta)
@@ -196,6 +197,7 @@ class LanguageModel(nn.Module):
         *,
         inputs_embeds_TD: Tensor | None = None,
         position_ids: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
         cu_seqlens: Tensor | None = None,
         attend: Attend | None = None,
         targets: Tensor | None = None,
@@ -214,6 +216,7 @@ class LanguageModel(nn.Module):
             input_ids: (T,) flat packed tokens, or (B, S) with one document per row.
             inputs_embeds_TD: (T, hidden) in place of `input_ids`.
             position_ids: (T,) or (B, S); default: restarting in every document.
+            rotary: Cosine and sine of the positions, if they are not those of `position_ids`.
             cu_seqlens: (D+1,) document boundaries of flat tokens; default: one document (one per row for 2-d input).
             attend: Attention over something else than the packed documents, such as a cache.
             targets: (T,) or (B, S) tokens to score at each position, already shifted, -100 = none. With targets the
@@ -252,13 +255,12 @@ class LanguageModel(nn.Module):
             if int(cu_seqlens[-1]) != tokens:
                 raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}, but there are {tokens} tokens")
             attend = DocumentAttention(cu_seqlens, self.config.attention_backend)
-        if position_ids is None:
-            if cu_seqlens is None:
-                raise ValueError("position_ids are needed together with `attend`")
-            starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
-            position_ids = torch.arange(tokens, device=device) - starts
-
-        rotary = self.rotary_emb(position_ids.reshape(-1))
+        if rotary is None:
+            if position_ids is None:
+                if cu_seqlens is None:
+                    raise ValueError("position_ids are needed together with `attend`")
+                position_ids = restarting_positions(cu_seqlens)
+            rotary = self.rotary_emb(position_ids.reshape(-1))
         replay = RoutingRecord(routed_experts_TLK) if routed_experts_TLK is not None else None
         if replay is not None and replay.num_layers != self.config.num_moe_layers:
             raise ValueError(f"routing of {replay.num_layers} layers for {self.config.num_moe_layers} MoE layers")
