@@ -1,11 +1,13 @@
 """Files of strangers: what is not exactly a folder of weights is refused by name, before the model is touched."""
 
 import hashlib
+import importlib
 import json
 import os
 import pickle
 import struct
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -398,6 +400,7 @@ def test_numbers_that_are_not_finite_are_counted_and_named(tensors, tmp_path, ca
     loaded = load_pretrained_weights(LanguageModel.create(CONFIG), folder)
     assert loaded.nonfinite == {"embed_tokens.weight": 5, stack: 2}
     assert "5 numbers of embed_tokens.weight are NaN or infinite" in caplog.text
+    assert load_pretrained_weights(LanguageModel.create(CONFIG).bfloat16(), folder).nonfinite == loaded.nonfinite
     half = load_pretrained_weights(LanguageModel.create(CONFIG).half(), folder)
     assert half.nonfinite == {"embed_tokens.weight": 5, stack: 2, "lm_head.weight": 1}
     assert load_pretrained_weights(LanguageModel.create(CONFIG), write_folder(tmp_path, tensors)).nonfinite == {}
@@ -583,3 +586,23 @@ def test_sources_of_exports_are_checked_too(shards, tensors):
     (shards / "config.json").write_text(json.dumps({**VALUES, "num_hidden_layers": 4096}))
     with pytest.raises(WeightsError, match="num_layers = 4096, but its files have room for"):
         FolderSource(shards)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_conversions_hold_a_few_tensors_and_never_a_file(monkeypatch, tmp_path):
+    """The benchmark at a size of 0.3 GB, with a limit that is smaller than a file."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    weights = importlib.import_module("weights")
+    config = weights.benchmark_config(layers=2, experts=32, hidden=1024, intermediate=768, vocab=4096)
+    with weights.started(weights.make_checkpoints, tmp_path, config, 200_000_000) as connection:
+        connection.recv()
+    assert max(path.stat().st_size for path in (tmp_path / "huggingface").iterdir()) > 190_000_000
+    largest, _ = weights.limit_of(tmp_path)
+    limit = 2 * largest + 64_000_000
+    for name in ("import", "export of shards"):
+        assert weights.memory_of(name, tmp_path, config) < limit, name
+    for name in weights.CONTROLS:
+        assert weights.memory_of(name, tmp_path, config) > limit, name
