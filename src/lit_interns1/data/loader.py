@@ -10,33 +10,49 @@ step come first in the next epoch, none is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lit_interns1.data.order import RowOrder
 from lit_interns1.data.packed_batch import PackedBatch
-from lit_interns1.data.rows import RowReader
 from lit_interns1.training import GlobalBatch
+
+
+class ReadsRows(Protocol):
+    """What loaders read from: `rows.RowReader`, and the reader of conversations."""
+
+    def read(
+        self, rows: Sequence[tuple[int, int]], num_rows: int | None = None, first: int | None = None
+    ) -> PackedBatch:
+        """A batch of rows, in the order given.
+
+        Args:
+            rows: (index of the source, row of that source) of each row.
+            num_rows: Adds rows of padding up to this number.
+            first: Number of the first row in the global order; None when evaluating. What is drawn at random for a row
+                depends on this number alone, so that a resumed run draws the same.
+        """
+        ...
 
 
 class _OrderedRows(Dataset[PackedBatch]):
     """Item g: the m rows of the global order from row g on."""
 
-    def __init__(self, reader: RowReader, order: RowOrder, rows: int) -> None:
+    def __init__(self, reader: ReadsRows, order: RowOrder, rows: int) -> None:
         self.reader, self.order, self.rows = reader, order, rows
 
     def __getitem__(self, first: int) -> PackedBatch:
         source_N, row_N = self.order.rows(first, self.rows)
-        return self.reader.read(list(zip(source_N.tolist(), row_N.tolist(), strict=True)))
+        return self.reader.read(list(zip(source_N.tolist(), row_N.tolist(), strict=True)), first=first)
 
 
 class _ListedRows(Dataset[PackedBatch]):
     """Item i: the m rows of a list from row i on, padded with empty rows behind its end."""
 
-    def __init__(self, reader: RowReader, listed: list[tuple[int, int]], rows: int) -> None:
+    def __init__(self, reader: ReadsRows, listed: list[tuple[int, int]], rows: int) -> None:
         self.reader, self.listed, self.rows = reader, listed, rows
 
     def __getitem__(self, first: int) -> PackedBatch:
@@ -90,7 +106,7 @@ class ResumableLoader:
 
     def __init__(
         self,
-        reader: RowReader,
+        reader: ReadsRows,
         order: RowOrder,
         batch: GlobalBatch,
         rank: int = 0,
@@ -212,7 +228,7 @@ class EvaluationLoader:
 
     def __init__(
         self,
-        reader: RowReader,
+        reader: ReadsRows,
         listed: list[tuple[int, int]],
         micro_batch_rows: int,
         data_parallel_size: int = 1,

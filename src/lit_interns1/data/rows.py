@@ -134,12 +134,15 @@ class RowReader:
         self.sources, self.row_length = list(sources), row_length
         self._with_token_ids = any(source.first_token_id_D is not None for source in self.sources)
 
-    def read(self, rows: Sequence[tuple[int, int]], num_rows: int | None = None) -> PackedBatch:
+    def read(
+        self, rows: Sequence[tuple[int, int]], num_rows: int | None = None, first: int | None = None
+    ) -> PackedBatch:
         """A batch of rows, in the order given.
 
         Args:
             rows: (index of the source, row of that source) of each row.
             num_rows: Adds rows of padding up to this number.
+            first: Number of the first row in the global order; text does not depend on it.
         """
         num_rows = len(rows) if num_rows is None else num_rows
         columns: dict[str, list[NDArray[Any]]] = {name: [] for name in ("input_ids", "labels", "source_id")}

@@ -22,7 +22,7 @@ import json
 import sysconfig
 import tokenize
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -228,27 +228,29 @@ class TextSource:
                 raise SourceError(f"{path}: damaged Parquet file ({_first_line(error)})") from None
 
 
-def named_sources(
-    sources: TextSource | str | dict[str, Any] | Iterable[TextSource | str | dict[str, Any]],
-) -> list[TextSource]:
-    """Turns paths, mappings and `TextSource`s into a list of `TextSource`s with distinct names.
+def named_sources(sources: Any, kind: Any = TextSource) -> list[Any]:
+    """Turns paths, mappings and sources into a list of sources with distinct names.
+
+    Args:
+        sources: One or several.
+        kind: Class of the sources; it has `path`, `weight` and `display_name`.
 
     Raises:
         SourceError: If there is none, two have the same name, or some but not all have a weight.
     """
-    if isinstance(sources, (TextSource, str, dict)):
+    if isinstance(sources, (kind, str, dict)):
         sources = [sources]
     listed = []
     for entry in sources:
         if isinstance(entry, str):
-            entry = TextSource(entry)
+            entry = kind(entry)
         elif isinstance(entry, dict):
             try:
-                entry = TextSource(**entry)
+                entry = kind(**entry)
             except TypeError as error:
                 raise SourceError(f"sources: {entry!r} does not describe a source ({error})") from None
-        elif not isinstance(entry, TextSource):
-            raise SourceError(f"sources: expected a path, a mapping or a TextSource, got {type(entry).__name__}")
+        elif not isinstance(entry, kind):
+            raise SourceError(f"sources: expected a path, a mapping or a {kind.__name__}, got {type(entry).__name__}")
         listed.append(entry)
     if not listed:
         raise SourceError("sources: at least one is needed")

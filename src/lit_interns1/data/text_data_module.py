@@ -16,20 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 
-from lit_interns1.data.loader import EvaluationLoader, ResumableLoader
 from lit_interns1.data.order import IntArray, RowOrder, apportion, mix, permutation
 from lit_interns1.data.packing import OverlongPolicy, PackingPolicy, check_policies
+from lit_interns1.data.row_data_module import RowDataModule
 from lit_interns1.data.rows import RowReader, Segment, SourceRows
 from lit_interns1.data.sources import TextSource, named_sources
 from lit_interns1.data.token_store import DEFAULT_CACHE_FOLDER, TokenStore, open_or_build
 from lit_interns1.data.tokenizer import TextTokenizer, load_tokenizer
-from lit_interns1.training import GlobalBatch
 
 
-class TextDataModule(pl.LightningDataModule):
+class TextDataModule(RowDataModule):
     """Text from files as `PackedBatch`es.
 
     Args:
@@ -74,19 +72,11 @@ class TextDataModule(pl.LightningDataModule):
         block_rows: int = 1024,
         end_of_text: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            row_length, global_batch_size, micro_batch_size, validation_rows, seed, num_workers, pin_memory, block_rows
+        )
         self.sources = named_sources(sources)
         self.validation_sources = None if validation_sources is None else named_sources(validation_sources)
-        for name, value, least in (
-            ("row_length", row_length, 2),
-            ("global_batch_size", global_batch_size, 1),
-            ("micro_batch_size", micro_batch_size, 1),
-            ("block_rows", block_rows, 1),
-            ("num_workers", num_workers, 0),
-            ("validation_rows", 1 if validation_rows is None else validation_rows, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
         if validation_fraction and validation_sources is not None:
@@ -94,20 +84,12 @@ class TextDataModule(pl.LightningDataModule):
                 f"give either validation_fraction (got {validation_fraction}) or validation_sources, not both"
             )
         check_policies(packing, overlong)
-        GlobalBatch(global_batch_size, micro_batch_size)  # B must at least be a multiple of m
-        self.row_length, self.global_batch_size, self.micro_batch_size = row_length, global_batch_size, micro_batch_size
-        self.validation_fraction, self.validation_rows = validation_fraction, validation_rows
+        self.validation_fraction = validation_fraction
         self.packing, self.overlong = packing, overlong
-        self.seed, self.num_workers, self.pin_memory = seed, num_workers, pin_memory
-        self.cache_dir, self.block_rows = Path(cache_dir), block_rows
+        self.cache_dir = Path(cache_dir)
         self._tokenizer_option, self._end_of_text = tokenizer, end_of_text
         self._tokenizer: TextTokenizer | None = None
         self._stores: dict[TextSource, TokenStore] = {}
-        self._training: RowReader | None = None
-        self._validation: RowReader | None = None
-        self._order: RowOrder | None = None
-        self._train_loader: ResumableLoader | None = None
-        self._restored: dict[str, Any] = {}
 
     # what is known before any data is read
 
@@ -121,19 +103,6 @@ class TextDataModule(pl.LightningDataModule):
         return self._tokenizer
 
     @property
-    def vocab_size(self) -> int:
-        """Largest token id plus one: what the model's vocabulary must hold at least."""
-        return self.tokenizer.vocab_size
-
-    def check_vocabulary(self, model_vocab_size: int) -> None:
-        """Raises ValueError if the tokenizer has ids that the model has not."""
-        if model_vocab_size < self.vocab_size:
-            raise ValueError(
-                f"the model's vocabulary has {model_vocab_size} entries, the tokenizer {self.vocab_size}: "
-                f"vocab_size of the model must be at least {self.vocab_size}"
-            )
-
-    @property
     def source_names(self) -> list[str]:
         """Names of the training sources, in the order of `source_id` in training batches."""
         return [source.display_name for source in self.sources]
@@ -142,26 +111,6 @@ class TextDataModule(pl.LightningDataModule):
     def validation_source_names(self) -> list[str]:
         """Names in the order of `source_id` in validation batches."""
         return [source.display_name for source in self.validation_sources or self.sources]
-
-    @property
-    def data_parallel_size(self) -> int:
-        """W, ranks that read different rows."""
-        return self._ranks()[0]
-
-    @property
-    def global_batch(self) -> GlobalBatch:
-        """B, m and W.
-
-        Raises:
-            ValueError: If B is not a multiple of W·m.
-        """
-        return GlobalBatch(self.global_batch_size, self.micro_batch_size, self.data_parallel_size)
-
-    def _ranks(self) -> tuple[int, int]:
-        """(W, rank) from the strategy, (1, 0) without a Trainer or on a single device."""
-        strategy = getattr(self.trainer, "strategy", None)
-        ranks = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
-        return int(ranks["num_replicas"]), int(ranks["rank"])
 
     # Lightning's hooks
 
@@ -172,84 +121,7 @@ class TextDataModule(pl.LightningDataModule):
         for source in [*self.sources, *(self.validation_sources or [])]:
             self._store(source)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Plans rows and order; for `fit` also derives the accumulation and sets it on the Trainer.
-
-        Raises:
-            ValueError: If the Trainer has another accumulation, B is not divisible, or there are too few documents.
-        """
-        if stage in ("fit", None):
-            self._set_accumulation()
-            self._train_loader = None
-        if self._training is None:
-            self._plan()
-        if stage in ("fit", None):
-            self.train_dataloader()  # too few rows for a step: say it now
-
-    def train_dataloader(self) -> ResumableLoader:
-        """The loader of this rank; the same one, at its position, until the next `setup`."""
-        if self._train_loader is None:
-            size, rank = self._ranks()
-            batch = GlobalBatch(self.global_batch_size, self.micro_batch_size, size)
-            self._train_loader = ResumableLoader(
-                self._reader(self._training),
-                self.row_order,
-                batch,
-                rank,
-                num_workers=self.num_workers,
-                pin_memory=self._pin_memory(),
-                batches_per_epoch=self._limit(batch),
-                identity=self._identity(),
-            )
-            if self._restored:
-                self._train_loader.load_state_dict(self._restored)
-            self._train_loader.on_load = self._align_progress
-        return self._train_loader
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position of the training rows.
-
-        Lightning stores it with the loader, too, but does not give it back to a run that goes on after its end (with a
-        larger budget): that run would start again at the first row.
-        """
-        return self._train_loader.state_dict() if self._train_loader is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues behind the rows of the checkpoint; see `ResumableLoader.load_state_dict`."""
-        self._restored = state_dict
-        if self._train_loader is not None and state_dict:
-            self._train_loader.load_state_dict(state_dict)
-
-    def val_dataloader(self) -> EvaluationLoader | list[Any]:
-        """Every validation token once over all ranks; an empty list if there is nothing to validate on."""
-        reader = self._reader(self._validation)
-        if not reader.sources:
-            return []
-        size, rank = self._ranks()
-        listed = [(index, row) for index, source in enumerate(reader.sources) for row in range(source.plan.num_rows)]
-        return EvaluationLoader(reader, listed, self.micro_batch_size, size, rank, self.num_workers, self._pin_memory())
-
-    def test_dataloader(self) -> EvaluationLoader | list[Any]:
-        """The validation rows."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> EvaluationLoader | list[Any]:
-        """The validation rows."""
-        return self.val_dataloader()
-
     # for reports
-
-    @property
-    def row_order(self) -> RowOrder:
-        """The global order of training rows."""
-        if self._order is None:
-            raise RuntimeError("TextDataModule: call setup('fit') first")
-        return self._order
-
-    @property
-    def rows_consumed(self) -> int:
-        """Training rows that all ranks together have consumed so far."""
-        return self._train_loader.rows if self._train_loader is not None else 0
 
     def iter_training_rows(self, rows: int | None = None, first: int = 0) -> Iterator[IntArray]:
         """The (n,) int64 token ids of the global rows first … rows−1, in order, without padding.
@@ -284,12 +156,6 @@ class TextDataModule(pl.LightningDataModule):
         if source not in self._stores:
             self._stores[source] = open_or_build(source, self.tokenizer, self.cache_dir)
         return self._stores[source]
-
-    @staticmethod
-    def _reader(reader: RowReader | None) -> RowReader:
-        if reader is None:
-            raise RuntimeError("TextDataModule: call prepare_data() and setup(...) first")
-        return reader
 
     def _plan(self) -> None:
         stores = [self._store(source) for source in self.sources]
@@ -373,43 +239,6 @@ class TextDataModule(pl.LightningDataModule):
                     stacklevel=2,
                 )
 
-    def _set_accumulation(self) -> None:
-        accumulation = self.global_batch.accumulation
-        if self.trainer is None:
-            return
-        present = self.trainer.accumulate_grad_batches
-        if present not in (1, accumulation):
-            raise ValueError(
-                f"Trainer(accumulate_grad_batches={present}) contradicts global_batch_size={self.global_batch_size}: "
-                f"with micro_batch_size={self.micro_batch_size} on {self.data_parallel_size} data-parallel ranks it "
-                f"takes {accumulation} micro-batches; leave accumulate_grad_batches at 1"
-            )
-        overfit_batches = getattr(self.trainer, "overfit_batches", 0)
-        if overfit_batches:
-            raise ValueError(
-                f"Trainer(overfit_batches={overfit_batches}) is not possible with a global row order; "
-                "train on a small source instead"
-            )
-        self.trainer.accumulate_grad_batches = accumulation
-
-    def _limit(self, batch: GlobalBatch) -> int | None:
-        """`limit_train_batches` as the length of an epoch, so that the loader's epochs are the Trainer's."""
-        limit = getattr(self.trainer, "limit_train_batches", None)
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            return None
-        if limit % batch.accumulation and not getattr(self.trainer, "fast_dev_run", False):
-            raise ValueError(
-                f"Trainer(limit_train_batches={limit}) is not a multiple of the {batch.accumulation} micro-batches of "
-                f"an optimizer step: the last step of every epoch would see fewer than {batch.rows_per_step} rows"
-            )
-        return limit
-
-    def _pin_memory(self) -> bool:
-        if self.pin_memory is not None:
-            return self.pin_memory
-        device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
-        return device is not None and device.type == "cuda"
-
     def _identity(self) -> dict[str, Any]:
         sources: dict[str, Any] = {
             source.display_name: [self._store(source).key, source.weight] for source in self.sources
@@ -423,12 +252,3 @@ class TextDataModule(pl.LightningDataModule):
             "seed": self.seed,
             "block_rows": self.block_rows,
         }
-
-    def _align_progress(self, loader: ResumableLoader) -> None:
-        """After a resume with another W·m: Lightning counts micro-batches of the epoch, and those have another size."""
-        if self.trainer is None:
-            return
-        current = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        shift = loader.batches_done - current.ready
-        for name in ("ready", "started", "processed", "completed"):
-            setattr(current, name, getattr(current, name) + shift)

@@ -195,7 +195,11 @@ class LanguageModelModule(LightningModule):
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Tensor]:
         """Adds the batch to the validation loss; returns `token_loss_T` (T,), nats, for callbacks that weigh tokens."""
-        loss_T = -self.token_scores(batch).logp_T
+        return self.add_validation_scores(batch, self.token_scores(batch))
+
+    def add_validation_scores(self, batch: PackedBatch, scores: TokenScores) -> dict[str, Tensor]:
+        """Adds scores to the validation loss; returns what `validation_step` returns."""
+        loss_T = -scores.logp_T
         self.validation_loss.update(loss_T, batch.labels >= 0, batch.token_fields.get("source_id"))
         return {"token_loss_T": loss_T}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lit_interns1.checkpoints import MULTIMODAL_KEY, read_checkpoint
@@ -23,6 +23,7 @@ from lit_interns1.models.multimodal_presets import multimodal_preset
 from lit_interns1.modules.language_model_module import LanguageModelModule, fill_from_checkpoint
 from lit_interns1.nn.moe import BalanceLoss
 from lit_interns1.objectives import NextTokenCrossEntropy
+from lit_interns1.objectives.answer_accuracy import AnswerAccuracy
 from lit_interns1.optim import TokenSchedule
 
 
@@ -43,7 +44,8 @@ class MultimodalModule(LanguageModelModule):
         decay_embeddings: Also apply weight decay to embeddings.
         init_weights: A Hugging Face folder of a whole model to start from.
 
-    Logs what `LanguageModelModule` logs.
+    Logs what `LanguageModelModule` logs, and `val/accuracy`: the share of answers in which every token is the most
+    likely one, so that greedy decoding gives the whole answer.
 
     Raises:
         ValueError: If a part is unknown, or the model does not have it.
@@ -76,6 +78,7 @@ class MultimodalModule(LanguageModelModule):
             objective=objective or NextTokenCrossEntropy(sample_weighting="square_root"), balance=balance, seed=seed,
             decay_embeddings=decay_embeddings, init_weights=init_weights,
         )  # fmt: skip
+        self.answer_accuracy = AnswerAccuracy()
         present = {"language_model"}
         present |= {"vision", "projector"} if self.multimodal_config.vision is not None else set()
         present |= {"time_series", "projector"} if self.multimodal_config.time_series is not None else set()
@@ -99,6 +102,29 @@ class MultimodalModule(LanguageModelModule):
     def media_inputs(self, batch: PackedBatch) -> dict[str, Any]:
         """The batch's images and signals."""
         return {"media": batch.media}
+
+    def setup(self, stage: str) -> None:
+        """Also compares placeholders and patches of the data with the model's."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "check_model"):
+            data.check_model(self.multimodal_config)
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Also counts the right answers."""
+        scores = self.token_scores(batch, rank=True)
+        assert scores.rank_T is not None
+        self.answer_accuracy.update(scores.rank_T, batch.labels, batch.cu_seqlens)
+        return self.add_validation_scores(batch, scores)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation loss and the accuracy of answers."""
+        super().on_validation_epoch_end()
+        self.log("val/accuracy", self.answer_accuracy.compute(), prog_bar=True, sync_dist=True)
+        self.answer_accuracy.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the configs of the decoder and of the whole model."""

@@ -1,0 +1,78 @@
+"""Labelled images and signals that come with the package, as questions and answers.
+
+digits   28 × 28 handwritten digits (a part of MNIST)          "Which digit is this?"      "7"
+vowels   utterances of nine speakers, 12 channels, 7–29 points  "Which speaker is this?"    "3"
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lit_interns1.data.sources import BUNDLED_FOLDER
+
+
+class BundledSet(NamedTuple):
+    """A part of a bundled file.
+
+    Attributes:
+        file: Its name.
+        question: What is asked.
+        training: Whether it is the part for training.
+    """
+
+    file: str
+    question: str
+    training: bool
+
+
+_DIGITS, _VOWELS = ("digits.npz", "Which digit is this?"), ("vowels.npz", "Which speaker is this?")
+BUNDLED_CONVERSATIONS = {
+    "bundled:digits/train": BundledSet(*_DIGITS, True),
+    "bundled:digits/test": BundledSet(*_DIGITS, False),
+    "bundled:vowels/train": BundledSet(*_VOWELS, True),
+    "bundled:vowels/test": BundledSet(*_VOWELS, False),
+}
+"""Sets by name."""
+
+
+@cache
+def _arrays(file: str) -> dict[str, np.ndarray]:
+    with np.load(BUNDLED_FOLDER / file, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def labelled_arrays(path: str) -> tuple[list[np.ndarray], np.ndarray]:
+    """Images (28, 28) or signals (T, 12) of a set, and their labels."""
+    entry = BUNDLED_CONVERSATIONS[path]
+    arrays = _arrays(entry.file)
+    count = int(arrays["num_training"])
+    part = slice(0, count) if entry.training else slice(count, None)
+    if "images" in arrays:
+        values = list(arrays["images"])
+    else:
+        values = np.split(arrays["points"], np.cumsum(arrays["lengths"])[:-1])
+    return values[part], arrays["labels"][part]
+
+
+_labelled = cache(labelled_arrays)
+
+
+def bundled_size(path: str) -> int:
+    """How many there are."""
+    return len(_labelled(path)[1])
+
+
+def bundled_record(path: str, index: int) -> dict[str, Any]:
+    """One question with its answer, in the `messages` form."""
+    values, labels = _labelled(path)
+    kind = "image" if values[index].shape == (28, 28) else "time_series"
+    question = [{"type": kind, kind: values[index]}, {"type": "text", "text": BUNDLED_CONVERSATIONS[path].question}]
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": str(int(labels[index]))},
+        ]
+    }
