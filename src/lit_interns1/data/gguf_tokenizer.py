@@ -86,9 +86,10 @@ def read_gguf_tokenizer(path: str | Path) -> tuple[Tokenizer, str | None]:
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise GGUFError(f"{path}: tokenizer.ggml.tokens holds a token twice; {_NAME_ANOTHER}")
-    merges = [tuple(merge.split(" ")) for merge in _strings(path, values, "tokenizer.ggml.merges")]
-    if (wrong := next((merge for merge in merges if len(merge) != 2), None)) is not None:
-        raise GGUFError(f"{path}: tokenizer.ggml.merges holds {' '.join(wrong)!r}, which is no pair; {_NAME_ANOTHER}")
+    listed = _strings(path, values, "tokenizer.ggml.merges")
+    if (wrong := next((merge for merge in listed if merge.count(" ") != 1), None)) is not None:
+        raise GGUFError(f"{path}: tokenizer.ggml.merges holds {wrong!r:.80}, which is no pair; {_NAME_ANOTHER}")
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in listed)]
     try:
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=splitter.whole_words))
     except Exception as error:  # tokenizers raises bare Exception

@@ -95,7 +95,7 @@ def gguf_config(file: GGUFFile) -> LanguageModelConfig:
     """
     architecture, values = gguf_architecture(file), _Values(file)
     layers = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
-    shape = {
+    shape: dict[str, Any] = {
         "num_layers": values.count("block_count"),
         "hidden_size": (hidden_size := values.count("embedding_length")),
         "intermediate_size": values.count("feed_forward_length"),
