@@ -22,9 +22,10 @@ from sharded_training import batches
 
 def train(run_dir, *callbacks, steps=3, config=CONFIG):
     module = LanguageModelModule(config, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_steps=steps, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=list(callbacks), enable_checkpointing=False, default_root_dir=run_dir,
+        accelerator="cpu", devices=1, max_steps=steps, callbacks=list(callbacks), default_root_dir=run_dir,
+        enable_checkpointing=False, **quiet,
     )  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader(batches(0, 1, 1), batch_size=None))
     return trainer, module
