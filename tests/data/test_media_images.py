@@ -170,6 +170,7 @@ def test_sources_are_one_picture(tmp_path: Path):
     grey = array[..., 0]
     for source in (grey, grey[..., None], grey[None], torch.tensor(grey), encoded(Image.fromarray(grey))):
         assert np.array_equal(np.asarray(open_image(source)), np.repeat(grey[..., None], 3, -1))
+    assert np.asarray(open_image(np.full((2, 2), 0.999, np.float32))).min() == 255  # rounded, not cut
     halves = torch.tensor(array / 255, dtype=torch.bfloat16)
     assert np.abs(np.asarray(open_image(halves)).astype(int) - array).max() <= 1
     assert (
@@ -223,14 +224,13 @@ def test_sixteen_bits_are_cut_to_eight():
             open_image(Image.new(mode, (4, 4)))
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A grey PNG that claims a size and holds these chunks."""
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in (header, *chunks, (b"IEND", b""))
+    )
 
 
 def test_sizes_beyond_the_limits(monkeypatch):
@@ -243,7 +243,7 @@ def test_sizes_beyond_the_limits(monkeypatch):
         with pytest.raises(MediaError, match="no pixels"):
             open_image(source)
     monkeypatch.setattr("PIL.Image.warnings.warn", lambda *arguments: None)  # Pillow's own, of large images
-    for header in (png_header(20_000, 20_000), png_header(12_000, 9_000), png_header(2**31 - 1, 2**31 - 1)):
+    for header in (png(20_000, 20_000), png(12_000, 9_000), png(2**31 - 1, 2**31 - 1)):
         with pytest.raises(MediaError, match=r"pixels|MAX_IMAGE_PIXELS"):
             open_image(header)
     with pytest.raises(MediaError, match=r"30 × 20 = 600 pixels are more than max_pixels=599"):
@@ -276,6 +276,15 @@ def test_damaged_and_foreign_files(tmp_path: Path):
     for source in (None, 3, [1]):
         with pytest.raises(MediaError, match="an image is a path"):
             open_image(source)  # type: ignore[arg-type]
+
+
+def test_text_that_unpacks_to_much():
+    """Pillow's limit for texts raises a `ValueError`, while the file is opened or while it is decoded."""
+    pixels, text = (b"IDAT", zlib.compress(bytes(20))), (b"zTXt", b"k\0\0" + zlib.compress(bytes(5_000_000)))
+    assert open_image(png(4, 4, pixels)).size == (4, 4)
+    for chunks, message in (((text, pixels), "cannot be opened"), ((pixels, text), "damaged or truncated")):
+        with pytest.raises(MediaError, match=message):
+            open_image(png(4, 4, *chunks))
 
 
 @settings(max_examples=150, deadline=None)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_interns1.data.media import MediaError, TimeSeries, TimeSeriesProcessor, signal_files
-from lit_interns1.data.media.signals import count_patches, count_tokens, patch_stride
+from lit_interns1.nn.signal_patches import patch_count, patch_stride, token_count
 
 PROCESS = TimeSeriesProcessor()
 
@@ -65,15 +65,14 @@ def test_lengths(rate, points, patches, tokens):
 def test_lengths_by_the_formula_and_never_without_a_token(points, rate):
     stride = patch_stride(rate)
     assert 2 <= stride <= 160
-    patches = count_patches(points, stride)
+    patches, tokens = patch_count(points, stride), token_count(points, rate)
     assert (patches - 1) * stride + 2 * stride >= points
-    assert count_tokens(patches) >= 1
     plain = math.ceil((points - 2 * stride) / stride) + 1
-    if count_tokens(plain) >= 1:
-        assert patches == plain
-        assert count_patches((patches + 1) * stride, stride) == patches  # the zeros change nothing
+    if (plain // 2 + 1) // 2 >= 1:
+        assert (patches, tokens) == (plain, (plain // 2 + 1) // 2)
+        assert patch_count((patches + 1) * stride, stride) == patches  # the zeros change nothing
     else:
-        assert patches == 2
+        assert (patches, tokens) == (2, 1)
 
 
 @pytest.mark.parametrize(("points", "channels"), [(1000, 1), (300_000, 2), (70_000, 20), (5, 3)])
@@ -121,8 +120,9 @@ def test_short_and_constant_series():
     assert not one.values_TC.any()
     short = PROCESS(noise(100), 200.0)  # the plain formula has no token here
     assert (short.stride, short.num_tokens, len(short.values_TC)) == (74, 1, 222)
-    for value in (0.1, 1e10, 1e-30, -7.0):
-        assert not PROCESS(np.full(100_000, value)).values_TC.any()
+    for value in (0.1, 1e10 / 3, 1e-30, -7.0):
+        for points in (3, 7, 100_000):
+            assert not PROCESS(np.full(points, value)).values_TC.any()
     far = 1e9 + noise(10_000)
     assert PROCESS(far).values_TC[:10_000].std(correction=0) == pytest.approx(1.0, abs=1e-4)
 

@@ -180,6 +180,7 @@ def test_what_is_refused(tmp_path: Path):
         (lambda: SMALL([clip(2)[0], clip(2, 8, 8)[1]], 2.0), "frame 1 has 8 × 8 pixels, the first .* 40 × 24"),
         (lambda: SMALL([clip(2)[0], None], 2.0), "an image is a path"),  # type: ignore[list-item]
         (lambda: NativeVideoProcessor(image_options=ImageOptions(max_pixels=959))(webp), "max_pixels=959"),
+        (lambda: open_video(webp, options=ImageOptions(max_pixels=959)), "max_pixels=959"),
         (lambda: NativeVideoProcessor(frames_per_second=0), "frames_per_second=0"),
         (lambda: NativeVideoProcessor(min_frames=1), "min_frames=1 is less than temporal_patch_size=2"),
         (lambda: NativeVideoProcessor(max_frames=3), "max_frames=3 is less than min_frames=4"),

@@ -23,8 +23,9 @@ from lit_interns1.data.media.frames import open_video
 from lit_interns1.data.media.images import ImageOptions, describe, open_file, open_image
 from lit_interns1.data.media.native import NativeImageProcessor, NativeVideoProcessor, VisualPatches, timestamp_text
 from lit_interns1.data.media.signal_files import open_signal
-from lit_interns1.data.media.signals import TimeSeriesProcessor, count_patches, count_tokens, patch_stride
+from lit_interns1.data.media.signals import TimeSeriesProcessor
 from lit_interns1.data.media.tiling import TileProcessor, Tiles
+from lit_interns1.nn.signal_patches import token_count
 
 _ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
 
@@ -262,7 +263,7 @@ def signal_spans(source: Any, sampling_rate: float | None, processor: TimeSeries
     if not points:
         raise MediaError(f"{signal.name}: the series has no points")
     rate = float(sampling_rate or signal.sampling_rate or max(points / 4, 1.0))
-    return [Span("", count_tokens(count_patches(points, patch_stride(rate))))]
+    return [Span("", token_count(points, rate))]
 
 
 def read_signal(source: Any, sampling_rate: float | None, processor: TimeSeriesProcessor) -> Item:

@@ -3,7 +3,7 @@
     stride s = ⌊160 / (1 + e^(−rate/100))⁶⌋,  patch p = 2s,  L₁ = ⌈(T − p)/s⌉ + 1 patches of T points,
     tokens = ⌊(⌊L₁/2⌋ + 1)/2⌋
 
-A signal shorter than p + 3s is extended with zeros to that, so that it gives one token (the released code refuses it).
+A signal of at most p points has no token in the released code; here zeros extend it to p + s, two patches, one token.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def patch_stride(sampling_rate: float) -> int:
 
 
 def patch_count(points: int, stride: int) -> int:
-    """L₁ of a signal, extended to four patches if it is shorter."""
-    return max(4, math.ceil((points - 2 * stride) / stride) + 1)
+    """L₁ of a signal, extended to two patches if it is shorter."""
+    return max(2, math.ceil((points - 2 * stride) / stride) + 1)
 
 
 def token_count(points: int, sampling_rate: float) -> int:

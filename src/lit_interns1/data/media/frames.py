@@ -78,7 +78,6 @@ class Video:
                 yield open_image(self.frames[index], options)
             return
         with open_file(self.frames) as picture:
-            options.check_size(*picture.size, self.name)
             for index in indices:
                 decoding(self.name, partial(picture.seek, index))
                 yield to_rgb(picture, options, f"{self.name}, frame {index}")

@@ -1,13 +1,10 @@
 """Time series of any sampling rate, ready for an encoder that chooses its patches from the rate (Intern-S1-Pro).
 
     x_c   = (x_c − mean_c) / (std_c + 1e-8)     per channel c, over the whole series; then the first 240,000 points
-    s     = ⌊160 / (1 + e^(−f/100))⁶⌋,  p = 2s      stride and patch in points, for a sampling rate of f Hz
-    L     = ⌈(T − p)/s⌉ + 1                         patches, after zeros at the end; (L − 1)·s + p points
-    tokens = (⌊L/2⌋ + 1) // 2                       two patches are joined, and a convolution halves what is left
 
-(arXiv 2603.25040 §2.5, and the preprocessing of LMDeploy's inference code, which this equals.) Where no rate is known,
-f = max(T/4, 1). A series too short for one token, T ≤ p, gets zeros up to p + s points, i.e. two patches: that is ours,
-the reference has no token then.
+(arXiv 2603.25040 §2.5; as in LMDeploy's inference code.) Stride, number of patches and tokens follow from the sampling
+rate in Hz (`lit_interns1.nn.signal_patches`); where none is known, it is max(T/4, 1). Zeros, i.e. the mean, fill the
+last patch, and extend a series of at most one patch to two.
 
 Shapes: T points, C channels.
 """
@@ -25,21 +22,7 @@ from torch import Tensor
 from lit_interns1.data.media.errors import MediaError
 from lit_interns1.data.media.resize import check_positive
 from lit_interns1.data.media.signal_files import SignalSource, open_signal
-
-
-def patch_stride(sampling_rate: float) -> int:
-    """Stride between patches, in points, for a sampling rate in Hz: from 2 (slow) to 160 (fast); a patch is 2 s."""
-    return math.floor(160 / (1 + math.exp(-sampling_rate / 100)) ** 6)
-
-
-def count_patches(num_points: int, stride: int) -> int:
-    """Patches of a series of `num_points` points; at least two, of which one token is made."""
-    return max(math.ceil((num_points - 2 * stride) / stride) + 1, 2)
-
-
-def count_tokens(num_patches: int) -> int:
-    """Tokens that the encoder makes of `num_patches` patches."""
-    return (num_patches // 2 + 1) // 2
+from lit_interns1.nn.signal_patches import MAX_POINTS, patch_count, patch_stride, token_count
 
 
 @dataclass(frozen=True)
@@ -80,7 +63,7 @@ class TimeSeriesProcessor:
         ValueError: If a limit is not positive, or the axis is neither 0 nor 1.
     """
 
-    max_points: int = 240_000
+    max_points: int = MAX_POINTS
     max_channels: int = 256
     time_axis: int | None = None
     archive_key: str | None = None
@@ -114,10 +97,12 @@ class TimeSeriesProcessor:
         num_points = len(normalised_TC)
         rate = float(sampling_rate or signal.sampling_rate or max(num_points / 4, 1.0))
         stride = patch_stride(rate)
-        num_patches = count_patches(num_points, stride)
+        num_patches = patch_count(num_points, stride)
         values_TC = np.zeros(((num_patches + 1) * stride, normalised_TC.shape[1]), dtype=np.float32)
         values_TC[:num_points] = normalised_TC
-        return TimeSeries(torch.from_numpy(values_TC), rate, num_points, stride, num_patches, count_tokens(num_patches))
+        return TimeSeries(
+            torch.from_numpy(values_TC), rate, num_points, stride, num_patches, token_count(num_points, rate)
+        )
 
 
 def _normalise(blocks: Iterable[np.ndarray], max_points: int, name: str) -> np.ndarray:
