@@ -117,6 +117,7 @@ def expand_weights(
     from lit_interns1.checkpoints.huggingface.export_table import as_bytes, mapping_table
     from lit_interns1.checkpoints.huggingface.sources import open_source
     from lit_interns1.commands.export import bytes_of, tokenizer_to_write
+    from lit_interns1.models import LanguageModelConfig
 
     if positions == "fope" and fope_sin_pad is None:
         fope_sin_pad = 1.0
@@ -133,6 +134,10 @@ def expand_weights(
         allow_smaller_vocab=allow_smaller_vocab, seed=seed,
     )  # fmt: skip
     old, config = open_source(source)
+    if not isinstance(config, LanguageModelConfig):
+        raise ValueError(
+            f"{source} holds a whole model with encoders: export it to a folder, and expand that with --like the folder"
+        )
     grown = ExpandedSource(old, config, expansion)
     print("\n".join(what_changes(config, grown, expansion)))
     written = export_pretrained(

@@ -59,8 +59,8 @@ def export_weights(
         from lit_interns1.checkpoints import export_pretrained, open_source
 
         max_shard_bytes, path = bytes_of(shard_size), Path(ckpt)
-        source, config = open_source(path)
         like = like or _itself(path, layout)
+        source, config = open_source(path, whole=like is None and _both_have_encoders(path, layout))
         result = export_pretrained(
             source, config, out, layout=layout, dtype=dtype, like=like, max_shard_bytes=max_shard_bytes,
             dry_run=dry_run, tokenizer=tokenizer_to_write(path, tokenizer, like),
@@ -86,6 +86,16 @@ def _itself(path: Path, layout: str | None) -> str | None:
     if path.is_dir() and is_pretrained_folder(path) and layout in (None, read_pretrained_config(path).layout.name):
         return str(path)
     return None
+
+
+def _both_have_encoders(path: Path, layout: str | None) -> bool:
+    """Whether a folder of a whole model becomes one of another layout of whole models."""
+    from lit_interns1.checkpoints.huggingface.config import is_pretrained_folder, read_pretrained_config
+    from lit_interns1.checkpoints.huggingface.layouts import LAYOUTS
+
+    if not is_pretrained_folder(path) or layout not in LAYOUTS:
+        return False
+    return bool(read_pretrained_config(path).layout.encoders and LAYOUTS[layout].encoders)
 
 
 def tokenizer_to_write(path: Path, tokenizer: str | None, like: str | None) -> str | None:

@@ -2,7 +2,8 @@
 
     x = embed(ids);   x[ids = placeholder of a kind] ← features of that kind, in order;   decoder(x)
 
-(arXiv 2508.15763 §2; 2603.25040 §2.) Positions are those of plain text for all kinds. A row without images runs the
+(arXiv 2508.15763 §2; 2603.25040 §2.) Positions are those of plain text for all kinds, unless `mrope_section` says
+otherwise (Qwen3-VL). A row without images runs the
 encoders on the smallest input there is and adds nothing of it: ranks with and without images then issue the same
 collectives, and every parameter has a gradient.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,8 +28,10 @@ from lit_interns1.models.vision import (
     build_merger,
     build_vision,
 )  # fmt: skip
+from lit_interns1.nn.document_attention import restarting_positions
 from lit_interns1.nn.media import MediaItems, signals_of
 from lit_interns1.nn.parallel_plan import ParallelPlan
+from lit_interns1.nn.rotary import RotaryEmbedding, axes_rotary
 
 PARTS = ("language_model", "vision", "projector", "time_series")
 """Names of the parts of a model, for training some of them."""
@@ -45,6 +48,8 @@ class MultimodalConfig:
         image_token_id: Placeholder of one vector of an image.
         video_token_id: Of a video.
         time_series_token_id: Of a signal.
+        mrope_section: Frequencies that turn with time, height and width inside images (Qwen3-VL); None: positions are
+            those of text everywhere, as in Intern-S1 and Intern-S1-Pro.
     """
 
     text: LanguageModelConfig
@@ -53,8 +58,16 @@ class MultimodalConfig:
     image_token_id: int | None = None
     video_token_id: int | None = None
     time_series_token_id: int | None = None
+    mrope_section: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.mrope_section is not None:
+            object.__setattr__(self, "mrope_section", tuple(self.mrope_section))
+            if self.text.positions.kind != "rope" or sum(self.mrope_section) != self.text.head_dim // 2:
+                raise ValueError(
+                    f"mrope_section = {self.mrope_section} needs rope positions and must add up to head_dim/2 = "
+                    f"{self.text.head_dim // 2}"
+                )
         if self.vision is not None and self.image_token_id is None:
             raise ValueError("a model with vision needs image_token_id")
         if self.time_series is not None and self.time_series_token_id is None:
@@ -185,6 +198,35 @@ class MultimodalModel(nn.Module):
                 x_TD = x_TD + nothing.to(x_TD.dtype)
         return x_TD
 
+    def axes_positions(self, input_ids_T: Tensor, position_ids_T: Tensor, media: Mapping[str, MediaItems]) -> Tensor:
+        """Positions in time, height and width, (T, 3): an image of H × W vectors takes max(H, W) positions of text.
+
+        Args:
+            input_ids_T: (T,) ids.
+            position_ids_T: (T,) places inside the documents.
+            media: Images and video; every frame of a video stands alone.
+        """
+        assert self.config.vision is not None
+        merge, device = self.config.vision.merge_size, input_ids_T.device
+        saved_T = torch.zeros_like(position_ids_T)
+        inside: list[tuple[Tensor, Tensor]] = []
+        for kind in ("image", "video"):
+            if kind not in media:
+                continue
+            places = torch.nonzero(input_ids_T == self.config.token_ids[kind]).flatten()
+            sides = [(h // merge, w // merge) for t, h, w in media[kind].fact_MK.long().tolist() for _ in range(t)]
+            for part, (height, width) in zip(places.split([h * w for h, w in sides]), sides, strict=True):
+                saved_T[part[-1]] = len(part) - max(height, width)
+                number = torch.arange(len(part), device=device)
+                inside.append((part, torch.stack((number * 0, number // width, number % width), dim=1)))
+        before_T = saved_T.cumsum(0) - saved_T
+        first_T = torch.arange(len(position_ids_T), device=device) - position_ids_T
+        position_T = position_ids_T - (before_T - before_T[first_T])
+        result_T3 = position_T[:, None].repeat(1, 3)
+        for part, offset in inside:
+            result_T3[part] = position_T[part[0]] + offset
+        return result_T3
+
     def forward(
         self, input_ids: Tensor, media: Mapping[str, MediaItems] | None = None, *,
         position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, **options: Any,
@@ -201,10 +243,19 @@ class MultimodalModel(nn.Module):
         Raises:
             ValueError: As `embed`.
         """
-        x_TD = self.embed(input_ids.reshape(-1), media or {})
+        media = media or {}
+        x_TD = self.embed(input_ids.reshape(-1), media)
         if input_ids.ndim == 2 and cu_seqlens is None:
             rows, length = input_ids.shape
             cu_seqlens = torch.arange(rows + 1, device=input_ids.device, dtype=torch.int32) * length
+        if self.config.mrope_section is not None and media.keys() & {"image", "video"}:
+            if position_ids is None:
+                if cu_seqlens is None:
+                    cu_seqlens = torch.tensor([0, input_ids.numel()], device=input_ids.device)
+                position_ids = restarting_positions(cu_seqlens)
+            position_ids_T3 = self.axes_positions(input_ids.reshape(-1), position_ids.reshape(-1), media)
+            embedding = cast(RotaryEmbedding, self.language_model.rotary_emb)
+            options["rotary"] = axes_rotary(embedding, position_ids_T3, self.config.mrope_section)
         output = self.language_model(inputs_embeds_TD=x_TD, position_ids=position_ids, cu_seqlens=cu_seqlens, **options)
         if output.logits is not None and input_ids.ndim == 2 and options.get("logits_index") is None:
             output.logits = output.logits.view(*input_ids.shape, -1)

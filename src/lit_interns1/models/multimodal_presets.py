@@ -19,7 +19,7 @@ _TINY_SIGNALS = TimeSeriesConfig(
     hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128, max_positions=64, patch_size=32, patch_heads=4,
     patch_intermediate_size=64, output_size=64,
 )  # fmt: skip
-_TINY_IDS = (3, 4, 5)
+_TINY_IMAGE, _TINY_VIDEO, _TINY_TIME_SERIES = 3, 4, 5
 _S1_IMAGE, _S1_TIME_SERIES = 152957, 152973
 _PRO_IMAGE, _PRO_VIDEO, _PRO_TIME_SERIES = 151655, 151656, 151685
 
@@ -27,7 +27,7 @@ _PRO_IMAGE, _PRO_VIDEO, _PRO_TIME_SERIES = 151655, 151656, 151685
 def tiny_s1() -> MultimodalConfig:
     """Intern-S1's shape in 2.6 M parameters."""
     vision = InternVisionConfig(64, 2, 4, 128, image_size=56)
-    return MultimodalConfig(presets.tiny_s1(), vision, _TINY_SIGNALS, *_TINY_IDS)
+    return MultimodalConfig(presets.tiny_s1(), vision, _TINY_SIGNALS, _TINY_IMAGE, None, _TINY_TIME_SERIES)
 
 
 def tiny_s1_mini() -> MultimodalConfig:
@@ -35,13 +35,13 @@ def tiny_s1_mini() -> MultimodalConfig:
     vision = InternVisionConfig(
         64, 2, 4, 128, image_size=56, norm="layer_norm", qk_norm=False, attention_bias=True
     )  # fmt: skip
-    return MultimodalConfig(presets.tiny_s1_mini(), vision, _TINY_SIGNALS, *_TINY_IDS)
+    return MultimodalConfig(presets.tiny_s1_mini(), vision, _TINY_SIGNALS, _TINY_IMAGE, None, _TINY_TIME_SERIES)
 
 
 def tiny_s1_pro() -> MultimodalConfig:
     """Intern-S1-Pro's shape in 4.2 M parameters."""
     vision = NativeVisionConfig(64, 2, 4, 128, patch_size=4, num_positions=64)
-    return MultimodalConfig(presets.tiny_s1_pro(), vision, _TINY_SIGNALS, *_TINY_IDS)
+    return MultimodalConfig(presets.tiny_s1_pro(), vision, _TINY_SIGNALS, _TINY_IMAGE, _TINY_VIDEO, _TINY_TIME_SERIES)
 
 
 def s1_pro_1b() -> MultimodalConfig:

@@ -31,6 +31,12 @@ class Attend(Protocol):
         ...
 
 
+def restarting_positions(cu_seqlens: Tensor) -> Tensor:
+    """(D+1,) document boundaries → (T,) positions that restart in every document."""
+    starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+    return torch.arange(len(starts), device=cu_seqlens.device) - starts
+
+
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
     """Scaled dot-product attention with grouped heads.
 
@@ -136,8 +142,7 @@ class DocumentAttention:
             return [(len(lengths), int(lengths[0]))], None, None
         groups: list[tuple[int, int]] = []
         padded_index, real_rows, tokens, base = [], [], [], 0
-        alike = {} if self.causal else {"tolerance": 1.0, "floor": 0}
-        for longest, members in _length_groups(lengths, **alike):
+        for longest, members in _length_groups(lengths) if self.causal else _length_groups(lengths, 1.0, 0):
             offset = torch.arange(longest)
             inside = offset < lengths[members, None]
             index = starts[members, None] + torch.minimum(offset, lengths[members, None] - 1)
@@ -197,8 +202,8 @@ class DocumentAttention:
         outputs, start = [], 0
         for documents, length in groups:
             stop = start + documents * length
-            parts = (x[start:stop].view(documents, length, *x.shape[1:]) for x in (q, k, v))
-            attended = grouped_attention(*parts, causal=self.causal)
+            part_q, part_k, part_v = (x[start:stop].view(documents, length, *x.shape[1:]) for x in (q, k, v))
+            attended = grouped_attention(part_q, part_k, part_v, causal=self.causal)
             outputs.append(attended.reshape(documents * length, *q.shape[1:]))
             start = stop
         return _TakeRows.apply(torch.cat(outputs), real_index)

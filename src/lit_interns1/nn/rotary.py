@@ -76,6 +76,30 @@ class RotaryEmbedding(nn.Module):
         return _two_halves(angles.cos()[:, None]), _two_halves(angles.sin()[:, None])
 
 
+def axes_rotary(
+    embedding: RotaryEmbedding, position_ids_T3: Tensor, sections: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """RoPE tables for positions in time, height and width (Qwen3-VL's interleaved M-RoPE, arXiv 2511.21631 §2).
+
+    Frequency j turns with the height if j mod 3 = 1 and j < 3 · sections[1], with the width if j mod 3 = 2 and
+    j < 3 · sections[2], else with the time. With equal positions on all axes it is RoPE.
+
+    Args:
+        embedding: Holds the frequencies.
+        position_ids_T3: (T, 3).
+        sections: Frequencies of time, height and width.
+
+    Returns:
+        cos and sin, each (T, 1, d), float32.
+    """
+    j = torch.arange(embedding.frequencies.numel(), device=embedding.frequencies.device)
+    axis = torch.zeros_like(j)
+    for number in (1, 2):
+        axis[(j % 3 == number) & (j < 3 * sections[number])] = number
+    angles = position_ids_T3.float().index_select(1, axis) * embedding.frequencies
+    return _two_halves(angles.cos()[:, None]), _two_halves(angles.sin()[:, None])
+
+
 def _two_halves(x: Tensor) -> Tensor:
     return torch.cat((x, x), dim=-1)
 

@@ -1,10 +1,16 @@
 """Weights of Hugging Face folders: config.json and safetensors files in, with an audit of every key."""
 
 from lit_interns1.checkpoints.huggingface.config import config_from_pretrained, end_of_text_ids, is_pretrained_folder
+from lit_interns1.checkpoints.huggingface.encoder_config import multimodal_config_from_pretrained
 from lit_interns1.checkpoints.huggingface.errors import Problem, WeightsError
 from lit_interns1.checkpoints.huggingface.export import ExportedWeights, export_pretrained
 from lit_interns1.checkpoints.huggingface.layouts import LAYOUTS, Layout
-from lit_interns1.checkpoints.huggingface.load import LoadedWeights, load_pretrained_model, load_pretrained_weights
+from lit_interns1.checkpoints.huggingface.load import (
+    LoadedWeights,
+    load_pretrained_model,
+    load_pretrained_multimodal_model,
+    load_pretrained_weights,
+)
 from lit_interns1.checkpoints.huggingface.rules import Rule, Spelling
 from lit_interns1.checkpoints.huggingface.sources import (
     CheckpointSource,
@@ -18,6 +24,6 @@ from lit_interns1.checkpoints.huggingface.sources import (
 __all__ = [
     "CheckpointSource", "ExportedWeights", "FolderSource", "LAYOUTS", "Layout", "LoadedWeights", "ModelSource",
     "Problem", "Rule", "Spelling", "TensorInfo", "WeightSource", "WeightsError", "config_from_pretrained",
-    "end_of_text_ids", "export_pretrained", "is_pretrained_folder", "load_pretrained_model", "load_pretrained_weights",
-    "open_source",
+    "end_of_text_ids", "export_pretrained", "is_pretrained_folder", "load_pretrained_model",
+    "load_pretrained_multimodal_model", "load_pretrained_weights", "multimodal_config_from_pretrained", "open_source",
 ]  # fmt: skip

@@ -82,7 +82,7 @@ _NO_MEANING = frozenset((
 """Fields that say nothing about the network: tokens, sampling, outputs, training losses, bookkeeping."""
 
 
-class _Fields:
+class ConfigFields:
     """A config's fields; notes which were looked at."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
@@ -98,12 +98,14 @@ class _Fields:
         return first
 
     def need(self, *spellings: str) -> Any:
+        """As `get`; raises WeightsError if it is not there."""
         value = self.get(*spellings)
         if value is None:
             raise WeightsError(f"{self.where} has no {' or '.join(spellings)}")
         return value
 
     def only(self, name: str, allowed: Collection[Any]) -> None:
+        """Raises WeightsError if the field has a value that is not allowed."""
         value = self.get(name)
         if value is not None and value not in allowed:
             raise WeightsError(
@@ -203,7 +205,7 @@ def parse_pretrained_config(values: Mapping[str, Any], path: str | Path = CONFIG
             f"{path}: vision_config.deepstack_visual_indexes = {deepstack} is not supported: the decoder takes image "
             "features at its input only"
         )
-    fields = _Fields(text, where)
+    fields = ConfigFields(text, where)
     # the outer config decides, as in transformers; if it is wrong, the audit of the keys says so
     tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     try:
@@ -217,7 +219,7 @@ def parse_pretrained_config(values: Mapping[str, Any], path: str | Path = CONFIG
     return PretrainedConfig(layout, model, _block_shape(values, path))
 
 
-def _decoder(fields: _Fields, text_type: str, tied: bool) -> LanguageModelConfig:
+def _decoder(fields: ConfigFields, text_type: str, tied: bool) -> LanguageModelConfig:
     for name, allowed in ONLY.items():
         fields.only(name, allowed)
     _full_attention_only(fields)
@@ -251,16 +253,16 @@ def _decoder(fields: _Fields, text_type: str, tied: bool) -> LanguageModelConfig
     )
 
 
-def _top_k(fields: _Fields) -> dict[str, Any]:
+def _top_k(fields: ConfigFields) -> dict[str, Any]:
     return {"normalize_weights": fields.get("norm_topk_prob", default=False)}
 
 
-def _always_normalized(fields: _Fields) -> dict[str, Any]:
+def _always_normalized(fields: ConfigFields) -> dict[str, Any]:
     fields.only("norm_topk_prob", (True,))
     return {"normalize_weights": True}
 
 
-def _grouped(fields: _Fields) -> dict[str, Any]:
+def _grouped(fields: ConfigFields) -> dict[str, Any]:
     groups = fields.get("router_n_groups", default=1)
     router = {"router": "grouped", "num_groups": groups} if groups > 1 else {}
     # the files cannot say it: Intern-S1-Pro trains its router straight-through (arXiv 2603.25040 §2.2)
@@ -287,7 +289,7 @@ _MORE_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 """What may stand beside base and type in the rope fields."""
 
 
-def _full_attention_only(fields: _Fields) -> None:
+def _full_attention_only(fields: ConfigFields) -> None:
     if fields.get("use_sliding_window", default=True) and (window := fields.get("sliding_window")):
         raise WeightsError(f"{fields.where}: sliding_window = {window} is in use, which is not supported")
     fields.get("sliding_window")
@@ -295,14 +297,14 @@ def _full_attention_only(fields: _Fields) -> None:
         raise WeightsError(f"{fields.where}: layer_types has {', '.join(others)}, only full_attention is supported")
 
 
-def _positions(fields: _Fields, text_type: str, head_dim: int) -> PositionConfig:
+def _positions(fields: ConfigFields, text_type: str, head_dim: int) -> PositionConfig:
     old, new = fields.get("rope_scaling", default={}), fields.get("rope_parameters", default={})
     values: dict[str, Any] = {}
     for part in (old, new, {"rope_theta": fields.get("rope_theta")}):
         for name, value in part.items():
             if value is not None and values.setdefault(name, value) != value:
                 raise WeightsError(f"{fields.where} contradicts itself: {name} = {values[name]} and {value}")
-    rope = _Fields(values, f"{fields.where}: rope_parameters")
+    rope = ConfigFields(values, f"{fields.where}: rope_parameters")
     kind = rope.get("rope_type", "type", default="default")
     if kind != "default":
         raise WeightsError(f"{rope.where}: rope_type = {kind!r} is not supported, only 'default'")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lit_interns1.checkpoints.agreement import gather, this_rank, together
 from lit_interns1.checkpoints.huggingface.config import CONFIG_FILE, GENERATION_CONFIG_FILE
-from lit_interns1.checkpoints.huggingface.config_writer import config_to_pretrained
+from lit_interns1.checkpoints.huggingface.encoder_config import NetworkConfig, pretrained_values, text_of
 from lit_interns1.checkpoints.huggingface.errors import WeightsError
 from lit_interns1.checkpoints.huggingface.export_plan import FP8, ExportPlan, LikeFolder, WrittenPiece, plan_export
 from lit_interns1.checkpoints.huggingface.files import CHECKSUMS, INDEX, SCALE_SUFFIX, Window
@@ -38,7 +38,6 @@ from lit_interns1.checkpoints.huggingface.safetensors_file import SafetensorsFil
 from lit_interns1.checkpoints.huggingface.safetensors_writer import SafetensorsWriter, blocks
 from lit_interns1.checkpoints.huggingface.sources import WeightSource, torch_type
 from lit_interns1.checkpoints.publish import partial_path
-from lit_interns1.models import LanguageModelConfig
 from lit_interns1_kernels.fp8_quantize import BLOCK
 
 _log = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ class ExportedWeights:
 
 def export_pretrained(
     source: WeightSource,
-    config: LanguageModelConfig,
+    config: NetworkConfig,
     folder: str | Path,
     *,
     layout: str | None = None,
@@ -122,7 +121,7 @@ def export_pretrained(
     with together():
         like_folder = LikeFolder(like) if like is not None else None
         plan = plan_export(source.tensors, config, layout, dtype, like_folder, max_shard_bytes)
-        values = config_to_pretrained(
+        values = pretrained_values(
             config, plan.layout, plan.dtype, like_folder.values if like_folder else None, plan.quantization
         )
         windows = {name: source.windows(name) for name in source.tensors}
@@ -187,7 +186,7 @@ def _check_cover(source: WeightSource, windows: Mapping[str, Sequence[Window]]) 
             raise WeightsError(f"the ranks contribute {count} numbers to {name}, which has {prod(info.shape)}")
 
 
-def _beside(like: LikeFolder | None, tokenizer: str | Path | None, config: LanguageModelConfig) -> dict[str, bytes]:
+def _beside(like: LikeFolder | None, tokenizer: str | Path | None, config: NetworkConfig) -> dict[str, bytes]:
     """Small files by name, read while nothing has been written yet."""
     found: dict[str, bytes] = {}
     if like is not None:
@@ -198,9 +197,10 @@ def _beside(like: LikeFolder | None, tokenizer: str | Path | None, config: Langu
     from lit_interns1.data import load_tokenizer
 
     encoder = load_tokenizer(tokenizer)
-    if encoder.vocab_size > config.vocab_size:
+    vocabulary = text_of(config).vocab_size
+    if encoder.vocab_size > vocabulary:
         raise WeightsError(
-            f"the tokenizer {tokenizer} has {encoder.vocab_size} entries, the vocabulary only {config.vocab_size}"
+            f"the tokenizer {tokenizer} has {encoder.vocab_size} entries, the vocabulary only {vocabulary}"
         )
     for name in _TOKENIZER_FILES:
         found.pop(name, None)

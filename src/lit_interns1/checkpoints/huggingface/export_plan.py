@@ -20,7 +20,7 @@ import torch
 
 from lit_interns1.checkpoints.huggingface.audit import saved_tensors
 from lit_interns1.checkpoints.huggingface.config import CONFIG_FILE, read_pretrained_config
-from lit_interns1.checkpoints.huggingface.config_writer import default_layout
+from lit_interns1.checkpoints.huggingface.encoder_config import NetworkConfig, layout_of, network
 from lit_interns1.checkpoints.huggingface.errors import Problem, WeightsError
 from lit_interns1.checkpoints.huggingface.files import SCALE_SUFFIX, WeightFiles
 from lit_interns1.checkpoints.huggingface.json_file import read_json
@@ -29,7 +29,7 @@ from lit_interns1.checkpoints.huggingface.rules import Piece, Spelling, pieces
 from lit_interns1.checkpoints.huggingface.safetensors_file import StoredTensor
 from lit_interns1.checkpoints.huggingface.safetensors_writer import DTYPE_NAMES, PlannedFile, plan_files
 from lit_interns1.checkpoints.huggingface.sources import TensorInfo
-from lit_interns1.models import LanguageModel, LanguageModelConfig
+from lit_interns1.models import MultimodalConfig
 from lit_interns1_kernels.fp8_quantize import BLOCK, count_blocks
 
 FLOAT_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -111,7 +111,7 @@ class LikeFolder:
 
 def plan_export(
     tensors: Mapping[str, TensorInfo],
-    config: LanguageModelConfig,
+    config: NetworkConfig,
     layout: str | None,
     dtype: str,
     like: LikeFolder | None,
@@ -130,11 +130,11 @@ def plan_export(
     return _Planner(tensors, config, _chosen_layout(config, layout, like), dtype, like).plan(max_shard_bytes)
 
 
-def _chosen_layout(config: LanguageModelConfig, name: str | None, like: LikeFolder | None) -> Layout:
+def _chosen_layout(config: NetworkConfig, name: str | None, like: LikeFolder | None) -> Layout:
     if name is not None and name not in LAYOUTS:
         raise WeightsError(f"layout = {name!r} is unknown: choose one of {', '.join(LAYOUTS)}")
     if like is None:
-        return default_layout(config) if name is None else LAYOUTS[name]
+        return layout_of(config) if name is None else LAYOUTS[name]
     if name not in (None, like.layout.name):
         raise WeightsError(f"layout = {name!r}, but {like.folder}, which it is to be like, has {like.layout.name!r}")
     return like.layout
@@ -143,7 +143,7 @@ def _chosen_layout(config: LanguageModelConfig, name: str | None, like: LikeFold
 @dataclass
 class _Planner:
     tensors: Mapping[str, TensorInfo]
-    config: LanguageModelConfig
+    config: NetworkConfig
     layout: Layout
     dtype: str
     like: LikeFolder | None
@@ -184,9 +184,10 @@ class _Planner:
     def _audited(self) -> list[tuple[str, list[str]]]:
         """Tensors of the source, with all names that they have in the model."""
         prefix = self.layout.text.ours
-        prefix = prefix if any(name.startswith(prefix) for name in self.tensors) else ""
+        inside = not isinstance(self.config, MultimodalConfig)  # a decoder that stands in a larger model
+        prefix = prefix if inside and any(name.startswith(prefix) for name in self.tensors) else ""
         with torch.device("meta"):
-            model = LanguageModel(self.config)
+            model = network(self.config)
         needed = {prefix + name: (tuple(t.shape), names) for name, (t, names) in saved_tensors(model).items()}
         for name in self.tensors.keys() - needed.keys():
             if self.layout.part_of(name) is self.layout.text:

@@ -22,12 +22,17 @@ from torch.distributed.tensor import DTensor
 from lit_interns1.checkpoints.agreement import gather, this_rank, together
 from lit_interns1.checkpoints.huggingface.audit import Source, plan_weights, saved_tensors
 from lit_interns1.checkpoints.huggingface.config import RUN_CHOICES, PretrainedConfig
+from lit_interns1.checkpoints.huggingface.encoder_config import (
+    check_same_encoders,
+    multimodal_config_from_pretrained,
+    text_of,
+)
 from lit_interns1.checkpoints.huggingface.errors import WeightsError
 from lit_interns1.checkpoints.huggingface.files import WeightFiles, Window
 from lit_interns1.checkpoints.huggingface.opening import open_pretrained, verify_share
 from lit_interns1.checkpoints.huggingface.rules import Piece
 from lit_interns1.checkpoints.huggingface.sources import held_window, inside
-from lit_interns1.models import LanguageModel, LanguageModelConfig
+from lit_interns1.models import LanguageModel, LanguageModelConfig, MultimodalConfig, MultimodalModel
 from lit_interns1.models.config import differing_fields
 from lit_interns1.nn.initialization import allocate
 
@@ -107,6 +112,31 @@ def load_pretrained_model(
     return model
 
 
+def load_pretrained_multimodal_model(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    verify_checksums: bool = True,
+    image_token_id: int | None = None,
+) -> MultimodalModel:
+    """The whole model of a Hugging Face folder, with float32 parameters (or torch's default type).
+
+    Args:
+        folder: As in `load_pretrained_weights`.
+        device: Where the model goes.
+        verify_checksums: As in `load_pretrained_weights`.
+        image_token_id: The placeholder of images, for files that do not name it (OpenGVLab's own).
+
+    Raises:
+        WeightsError: As `load_pretrained_weights`.
+    """
+    with together():
+        pretrained, files = open_pretrained(folder)
+        with torch.device("meta"):
+            model = MultimodalModel(multimodal_config_from_pretrained(folder, image_token_id))
+    _load(model, pretrained, files, device, check_config=False, verify_checksums=verify_checksums)
+    return model
+
+
 def _load(
     model: nn.Module,
     pretrained: PretrainedConfig,
@@ -117,8 +147,10 @@ def _load(
 ) -> LoadedWeights:
     with together():
         config = getattr(model, "config", None)
-        if check_config and isinstance(config, LanguageModelConfig):
-            check_same_network(pretrained, config, files.folder)
+        if check_config and isinstance(config, (LanguageModelConfig, MultimodalConfig)):
+            check_same_network(pretrained, text_of(config), files.folder)
+        if check_config and isinstance(config, MultimodalConfig):
+            check_same_encoders(config, files.folder)
         plan = plan_weights(model, files, pretrained.layout)
         bytes_hashed = verify_share(files) if verify_checksums else 0
         tensors = saved_tensors(model)

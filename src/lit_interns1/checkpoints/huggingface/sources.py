@@ -22,15 +22,21 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from lit_interns1.checkpoints.agreement import this_rank, together
 from lit_interns1.checkpoints.huggingface.audit import plan_weights, saved_tensors
 from lit_interns1.checkpoints.huggingface.config import is_pretrained_folder
+from lit_interns1.checkpoints.huggingface.encoder_config import (
+    NetworkConfig,
+    multimodal_config_from_pretrained,
+    network,
+    text_of,
+)
 from lit_interns1.checkpoints.huggingface.errors import WeightsError
 from lit_interns1.checkpoints.huggingface.files import Window
 from lit_interns1.checkpoints.huggingface.opening import open_pretrained, verify_share
 from lit_interns1.checkpoints.huggingface.rules import Piece
 from lit_interns1.checkpoints.huggingface.safetensors_file import DTYPES
-from lit_interns1.checkpoints.reading import CONFIG_KEY, read_checkpoint
+from lit_interns1.checkpoints.reading import CONFIG_KEY, MULTIMODAL_KEY, read_checkpoint
 from lit_interns1.checkpoints.sharded_tensors import ShardedTensors
-from lit_interns1.models import LanguageModel, LanguageModelConfig
 from lit_interns1.models.config import config_from_dict
+from lit_interns1.models.multimodal import multimodal_config_from_dict
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,7 @@ class StoredSource(ABC):
 
 
 class CheckpointSource(StoredSource):
-    """The language model in a checkpoint of a run, one file or sharded, without reading more than is asked for.
+    """The model in a checkpoint of a run, one file or sharded, without reading more than is asked for.
 
     Args:
         path: The checkpoint. Its optimizer states and everything else are left alone.
@@ -148,7 +154,11 @@ class CheckpointSource(StoredSource):
         checkpoint = read_checkpoint(path)
         if CONFIG_KEY not in checkpoint:
             raise ValueError(f"checkpoint {path} has no {CONFIG_KEY!r}: it was not written by LanguageModelModule")
-        self.config = config_from_dict(checkpoint[CONFIG_KEY])
+        self.config: NetworkConfig = config_from_dict(checkpoint[CONFIG_KEY])
+        head, embedding = "lm_head.weight", "embed_tokens.weight"
+        if MULTIMODAL_KEY in checkpoint:
+            self.config = multimodal_config_from_dict(checkpoint[MULTIMODAL_KEY])
+            head, embedding = f"language_model.{head}", f"language_model.{embedding}"
         self._sharded = ShardedTensors(path, f"state_dict.{prefix}") if Path(path).is_dir() else None
         self._whole: dict[str, Tensor] = {}
         if self._sharded is not None:
@@ -159,8 +169,8 @@ class CheckpointSource(StoredSource):
             self.tensors = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._whole.items()}
         if not self.tensors:
             raise ValueError(f"checkpoint {path} holds no tensors whose names begin with {prefix!r}")
-        if self.config.tie_word_embeddings and "embed_tokens.weight" in self.tensors:
-            self.tensors.pop("lm_head.weight", None)  # the same numbers
+        if text_of(self.config).tie_word_embeddings and embedding in self.tensors:
+            self.tensors.pop(head, None)  # the same numbers
 
     def read(self, name: str, window: Window) -> Tensor:
         """See `WeightSource`; of a single file a view of it."""
@@ -168,10 +178,11 @@ class CheckpointSource(StoredSource):
 
 
 class FolderSource(StoredSource):
-    """The language model in a Hugging Face folder of any layout, under our names. FP8 comes as float32.
+    """The model in a Hugging Face folder of any layout, under our names. FP8 comes as float32.
 
     Args:
         folder: Holds config.json and safetensors files.
+        whole: Take the encoders, too; False: the language model.
         verify_checksums: Compare the files with the SHA-256 sums of their index, if it has any.
 
     Attributes:
@@ -182,12 +193,13 @@ class FolderSource(StoredSource):
         WeightsError: If the folder cannot be read or does not hold what its config.json describes.
     """
 
-    def __init__(self, folder: str | Path, verify_checksums: bool = True) -> None:
+    def __init__(self, folder: str | Path, whole: bool = False, verify_checksums: bool = True) -> None:
         with together():
             pretrained, self._files = open_pretrained(folder)
-            self.config, self.layout = pretrained.model, pretrained.layout
+            self.layout = pretrained.layout
+            self.config: NetworkConfig = multimodal_config_from_pretrained(folder) if whole else pretrained.model
             with torch.device("meta"):
-                model = LanguageModel(self.config)
+                model = network(self.config)
             plan, shapes = plan_weights(model, self._files, self.layout), saved_tensors(model)
             if verify_checksums:
                 verify_share(self._files)
@@ -227,13 +239,17 @@ def inside(window: Window, outer: Window) -> Window:
     return tuple(slice(w.start - o.start, w.stop - o.start) for w, o in zip(window, outer, strict=True))
 
 
-def open_source(path: str | Path) -> tuple[WeightSource, LanguageModelConfig]:
+def open_source(path: str | Path, whole: bool = False) -> tuple[WeightSource, NetworkConfig]:
     """The weights of a Hugging Face folder or of a checkpoint of a run (one file or sharded), and their config.
+
+    Args:
+        path: Where they are.
+        whole: Of a folder take the encoders, too. Of a checkpoint all is taken that it holds.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
         ValueError: As `CheckpointSource`.
         WeightsError: As `FolderSource`.
     """
-    source = FolderSource(path) if is_pretrained_folder(path) else CheckpointSource(path)
+    source = FolderSource(path, whole) if is_pretrained_folder(path) else CheckpointSource(path)
     return source, source.config
