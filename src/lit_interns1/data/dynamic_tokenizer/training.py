@@ -59,11 +59,13 @@ def train_vocabulary(
             f"piece, got {size}"
         )
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size - 1, min_frequency=2, show_progress=False, max_token_length=longest_piece,
+        vocab_size=size - 1, min_frequency=2, show_progress=False, max_token_length=longest_piece + 1,
         initial_alphabet=sorted(counts), limit_alphabet=len(counts),
     )  # fmt: skip
     tokenizer.train_from_iterator(kept, trainer, length=len(kept))
-    learned = [piece for piece, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]) if len(piece) > 1]
+    by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    # the trainer's limit is meant to be exclusive in some versions
+    learned = [piece for piece, _ in by_id if 1 < len(piece) <= longest_piece]
     characters = sorted(counts, key=lambda character: (-counts[character], character))
     return DomainVocabulary([UNKNOWN_PIECE, *learned, *characters])
 
