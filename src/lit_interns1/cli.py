@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("lit_interns1.commands.generate:generate_text", "continue a prompt with a checkpoint"),
     "export": ("lit_interns1.commands.export:export_weights", "write a checkpoint's weights as a Hugging Face folder"),
     "summarize": ("lit_interns1.commands.summarize:summarize", "pictures, samples and baselines of a finished run"),
+    "tokenizer": ("lit_interns1.commands.tokenizer:SUBCOMMANDS", "vocabularies of scientific domains: train, ratio"),
     "salience": ("lit_interns1.commands.salience:SUBCOMMANDS", "which validation tokens tell what a model can do"),
 }
 """Commands of our own: where they are, and what they do."""
