@@ -1,6 +1,7 @@
 """Grown models: closed forms of the expanded layers, and windows that give the same bits however they are read."""
 
 from dataclasses import replace
+from itertools import product
 from math import comb
 
 import pytest
@@ -211,7 +212,7 @@ def test_expert_noise_and_the_bias_of_a_sigmoid_router():
     config = replace(SPARSE, moe=replace(SPARSE.moe, router="sigmoid"))
     model = LanguageModel.create(config)
     model.moe_layers[1].router.expert_bias.copy_(torch.arange(16.0))
-    other, result = grown(model, replace(EXACT, expert_noise=0.1))
+    other, result = grown(model, replace(EXACT, router_noise=0.2, expert_noise=0.1))
     assert other.config.moe == replace(config.moe, num_experts=64, num_groups=8)
     assert torch.equal(other.moe_layers[1].router.expert_bias, result.sources_LE[1].float())
     old, new = model.moe_layers[0].experts, other.moe_layers[0].experts
@@ -338,11 +339,15 @@ def test_windows_give_the_bits_of_the_whole(config, expansion, dtype):
 
 
 def small(window):
-    """One expert, or some rows, with half of the columns or all."""
+    """One expert, or some rows; the last two dimensions in halves."""
     step = 1 if len(window) == 3 else 7
     for first in range(window[0].start, window[0].stop, step):
-        rows = slice(first, min(first + step, window[0].stop))
-        yield (rows, *window[1:])
+        yield from product([slice(first, min(first + step, window[0].stop))], *(halves(part) for part in window[1:]))
+
+
+def halves(part):
+    middle = (part.start + part.stop) // 2
+    return slice(part.start, middle), slice(middle, part.stop)
 
 
 class Part(StateDictSource):
@@ -383,8 +388,6 @@ def all_contributions(rank, world):
 
 
 def test_processes_together_give_the_bits_of_one():
-    from itertools import product
-
     results = run_ranks(all_contributions, 2)
     for number, (dim, (config, expansion)) in enumerate(product((0, 1), ((SPARSE, ALL), (DENSE, DENSE_ALL)))):
         if dim:

@@ -206,10 +206,14 @@ class _Copies:
         info = self.info
         result = torch.empty([part.stop - part.start for part in window], dtype=info.dtype)
         for place, expert in enumerate(range(window[0].start, window[0].stop)):
-            copied = self.sources_E[expert]
-            values = self.source.read(self.name, (slice(copied, copied + 1), *window[1:]))[0]
-            result[place] = _with_noise(values, window[1:], info.shape[1:], self.noise, f"{self.key}:{expert}")
+            result[place] = _with_noise(
+                partial(self._read_old, self.sources_E[expert]), window[1:], info.shape[1:], self.noise,
+                f"{self.key}:{expert}",
+            )  # fmt: skip
         return result
+
+    def _read_old(self, expert: int, inner: Window) -> Tensor:
+        return self.source.read(self.name, (slice(expert, expert + 1), *inner))[0]
 
 
 @dataclass(frozen=True)
@@ -243,19 +247,20 @@ class _Upcycled:
         ]
 
     def read(self, window: Window) -> Tensor:
-        experts, rows, columns = window
-        for name, first in zip(self.names, self._first_rows(), strict=True):
-            if first <= rows.start < first + self.source.tensors[name].shape[0]:
-                values = self.source.read(name, (slice(rows.start - first, rows.stop - first), columns))
+        number, shape = window[0].stop - window[0].start, self.info.shape[1:]
         if not self.noise:
-            return values.expand(experts.stop - experts.start, *values.shape)
-        shape = self.info.shape[1:]
+            values = self._read_dense(window[1:])
+            return values.expand(number, *values.shape)
+        experts = range(window[0].start, window[0].stop)
         return torch.stack(
-            [
-                _with_noise(values, window[1:], shape, self.noise, f"{self.key}:{expert}")
-                for expert in range(experts.start, experts.stop)
-            ]
+            [_with_noise(self._read_dense, window[1:], shape, self.noise, f"{self.key}:{e}") for e in experts]
         )
+
+    def _read_dense(self, inner: Window) -> Tensor:
+        rows, columns = inner
+        parts = zip(self.names, self._first_rows(), strict=True)
+        name, first = max((part for part in parts if part[1] <= rows.start), key=lambda part: part[1])
+        return self.source.read(name, (slice(rows.start - first, rows.stop - first), columns))
 
 
 @dataclass(frozen=True)
@@ -307,14 +312,22 @@ def _check_whole_rows(source: WeightSource, name: str, noise: float) -> None:
             )
 
 
-def _with_noise(values: Tensor, window: Window, shape: tuple[int, ...], noise: float, key: str) -> Tensor:
-    """Rows with noise relative to the standard deviation of each; the noise of the whole matrix is drawn, then cut."""
+def _with_noise(
+    read: Callable[[Window], Tensor], window: Window, shape: tuple[int, ...], noise: float, key: str
+) -> Tensor:
+    """A window of a matrix with noise relative to the standard deviation of each row.
+
+    Rows are read whole, and the noise of the whole matrix is drawn, so that windows do not matter.
+    """
     if not noise:
-        return values
-    largest = values.double().abs().amax(-1)
-    _, deviation = moments(exact_sums(values, -1, largest, shape[-1]), largest, shape[-1])
-    drawn = draw_normal(key, shape, noise).double()[window]
-    return (values.double() + deviation.unsqueeze(-1) * drawn).to(values.dtype)
+        return read(window)
+    rows = (*window[:-1], slice(0, shape[-1]))
+    values = read(rows)
+    wide = values.double()
+    largest = wide.abs().amax(-1)
+    _, deviation = moments(exact_sums(wide, -1, largest, shape[-1]), largest, shape[-1])
+    wide = wide + deviation.unsqueeze(-1) * draw_normal(key, shape, noise).double()[rows]
+    return wide[..., window[-1]].to(values.dtype)
 
 
 # -- in memory ---------------------------------------------------------------------------------------------------------
