@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_interns1.checkpoints import WeightsError
-from lit_interns1.checkpoints.huggingface import LAYOUTS
+from lit_interns1.checkpoints.huggingface import LAYOUTS, end_of_text_ids
 from lit_interns1.checkpoints.huggingface.config import parse_pretrained_config
 from lit_interns1.checkpoints.huggingface.config_writer import config_to_pretrained, default_layout
 from lit_interns1.models import LanguageModelConfig, MoEConfig, PositionConfig, preset
@@ -180,6 +180,15 @@ def test_what_a_config_says_of_other_things_is_kept():
     vision = {"model_type": "qwen3_vl_moe", "text_config": sections}
     text = config_to_pretrained(SPARSE, LAYOUTS["qwen3_vl_moe"], "float32", vision)["text_config"]
     assert text["rope_parameters"]["mrope_section"] == [2, 3, 3]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "internvl", "internvl_chat"])
+def test_tokens_that_end_a_text_are_found_where_they_are_kept(name, tmp_path):
+    key = LAYOUTS[name].text_key
+    like = {"eos_token_id": 7} if name == "qwen3" else {key: {"eos_token_id": 7}}
+    values = config_to_pretrained(DENSE, LAYOUTS[name], "float32", like)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert end_of_text_ids(tmp_path) == [7]
 
 
 @pytest.mark.parametrize(
