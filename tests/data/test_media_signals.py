@@ -123,6 +123,8 @@ def test_short_and_constant_series():
     for value in (0.1, 1e10 / 3, 1e-30, -7.0):
         for points in (3, 7, 100_000):
             assert not PROCESS(np.full(points, value)).values_TC.any()
+    tiny = PROCESS([0.0, 1e-8]).values_TC[:2, 0]  # ±5e-9 / (5e-9 + 1e-8)
+    assert tiny.tolist() == pytest.approx([-1 / 3, 1 / 3])
     far = 1e9 + noise(10_000)
     assert PROCESS(far).values_TC[:10_000].std(correction=0) == pytest.approx(1.0, abs=1e-4)
 
