@@ -71,15 +71,17 @@ class AnonymousPeak:
 
 
 def make_model(config: LanguageModelConfig) -> LanguageModel:
-    """A bfloat16 model whose memory is there, each matrix with numbers of its own."""
+    """A bfloat16 model whose memory is there; the experts of a layer differ."""
     with torch.device("meta"):
         model = LanguageModel(config).bfloat16()
     model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
+    generator, bases = torch.Generator().manual_seed(0), dict[torch.Size, Tensor]()
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            for matrix in tensor if tensor.ndim == 3 else [tensor]:
-                matrix.uniform_(-0.05, 0.05, generator=generator)
+            for number, matrix in enumerate(tensor if tensor.ndim == 3 else [tensor]):
+                if matrix.shape not in bases:
+                    bases[matrix.shape] = torch.empty_like(matrix).uniform_(-0.05, 0.05, generator=generator)
+                torch.mul(bases[matrix.shape], 1 + number / 64, out=matrix)
     return model
 
 
@@ -200,7 +202,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="is made for the run and removed after it")
     for name, value in (("layers", 8), ("experts", 64), ("hidden", 2048), ("intermediate", 768), ("vocab", 16384)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--shard_bytes", type=int, default=2_500_000_000)
+    parser.add_argument("--shard_bytes", type=int, default=2_600_000_000)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     config = benchmark_config(options.layers, options.experts, options.hidden, options.intermediate, options.vocab)
