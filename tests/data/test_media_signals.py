@@ -304,6 +304,7 @@ def test_bad_wave_files(tmp_path: Path):
     floats[20:22] = struct.pack("<H", 3)
     for content, message in (
         (whole[:-50], "truncated"),
+        (whole[:-51], "truncated"),
         (whole[:20], "damaged"),
         (b"", "damaged"),
         (floats, "not integer PCM"),
