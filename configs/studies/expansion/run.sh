@@ -1,11 +1,11 @@
 #!/bin/sh
 # A sparse model of 16 experts is trained, and goes on in four ways at equal tokens: as it is; with 64 experts, assigned in
 # groups or by former ranks; and with 64 new experts and everything else new. Finished runs are skipped.
-#   sh configs/studies/expansion/run.sh [folder of the runs, default runs/expansion] [seeds, default "1 2 3"]
+#   sh configs/studies/expansion/run.sh [folder of the runs, default runs/expansion] [seeds, default "1 2"]
 set -eu
 here=$(dirname "$0")
 out=${1:-runs/expansion}
-seeds=${2:-"1 2 3"}
+seeds=${2:-"1 2"}
 command=${LIT_INTERNS1:-lit-interns1}
 larger="--model.config.moe.num_experts 64 --model.config.moe.router grouped --model.config.moe.num_groups 8"
 export OMP_NUM_THREADS=1
