@@ -4,14 +4,16 @@
 
 Plain: plays and Python modules, where the detectors find nothing. Mixed: the same with a molecule in every kilobyte,
 untagged (each is judged) and tagged. Without --tokenizer: the bundled one, with domains trained here. Both encode the
-same batches; the base reads everything as plain text, so it gives other tokens where a molecule is.
+same batches; the base reads everything as plain text, so it gives other tokens where a molecule is. CPU seconds of all
+threads stand beside the rates: on a machine with other work they are the ones to trust.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable
+import statistics
+import time
 from itertools import cycle, islice
 
 from measure import interleaved_medians
@@ -47,6 +49,19 @@ def with_molecules(texts: list[str], opening: str = "", closing: str = "") -> li
     ]
 
 
+class Run:
+    """Encodes the texts when called; keeps the tokens, and the CPU seconds of every call, threads included."""
+
+    def __init__(self, tokenizer: TextTokenizer, texts: list[str]) -> None:
+        self.tokenizer, self.texts = tokenizer, texts
+        self.tokens, self.cpu_seconds = 0, list[float]()
+
+    def __call__(self) -> None:
+        started = time.process_time()
+        self.tokens = sum(map(len, self.tokenizer.encode_batch(self.texts)))
+        self.cpu_seconds.append(time.process_time() - started)
+
+
 def main() -> None:
     """Prints one line per kind of text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,20 +87,17 @@ def main() -> None:
     }
     check = next((d.detector.resolved_check for d in dynamic.domains if isinstance(d.detector, SmilesDetector)), "none")
     print(f"{options.megabytes:g} MB of plain text, {len(plain)} documents; SMILES checked by: {check}")
-    print(f"{'text':<18}{'base':>14}{'dynamic':>14}   tokens/s    ratio   seconds base, dynamic")
+    print(f"{'text':<18}{'base':>12}{'dynamic':>12}  tokens/s   ratio   {'CPU seconds base, dynamic':>26}   ratio")
     for kind, texts in kinds.items():
-        runs: dict[str, Callable[[], object]] = {
-            "base": lambda texts=texts: base.encode_batch(texts),
-            "dynamic": lambda texts=texts: dynamic.encode_batch(texts),
-        }
+        runs = {name: Run(tokenizer, texts) for name, tokenizer in (("base", base), ("dynamic", dynamic))}
         seconds = interleaved_medians(runs, repeats=options.repeats)
-        rate = {
-            name: sum(map(len, tokenizer.encode_batch(texts))) / seconds[name]
-            for name, tokenizer in (("base", base), ("dynamic", dynamic))
-        }
+        rate = {name: run.tokens / seconds[name] for name, run in runs.items()}
+        cpu = {name: statistics.median(run.cpu_seconds[1:]) for name, run in runs.items()}
+        cpu_ratio = (runs["dynamic"].tokens / cpu["dynamic"]) / (runs["base"].tokens / cpu["base"])
         print(
-            f"{kind:<18}{rate['base']:>14,.0f}{rate['dynamic']:>14,.0f}   tokens/s    "
-            f"{rate['dynamic'] / rate['base']:.2f}    {seconds['base']:.2f}, {seconds['dynamic']:.2f}"
+            f"{kind:<18}{rate['base']:>12,.0f}{rate['dynamic']:>12,.0f}  tokens/s   "
+            f"{rate['dynamic'] / rate['base']:.2f}   {cpu['base']:>17.2f}, {cpu['dynamic']:.2f}   {cpu_ratio:.2f}",
+            flush=True,
         )
 
 
