@@ -249,6 +249,7 @@ def test_what_a_layout_cannot_say_is_refused(config, name, message):
         config_to_pretrained(config, LAYOUTS[name], "float32")
     assert f"config.json of the layout {name} cannot say" in str(caught.value)
     assert message in str(caught.value)
+    assert "fope_init_factor" not in str(caught.value)  # follows from the kind, which is named
 
 
 def test_other_bad_input():
