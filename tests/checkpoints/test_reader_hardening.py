@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import pickle
@@ -99,16 +100,12 @@ def test_every_window_of_every_type_is_what_the_library_reads(tmp_path):
     file = SafetensorsFile(tmp_path / "a.safetensors")
     assert file.tensors.keys() == tensors.keys()
     for key, tensor in tensors.items():
-        for step in (slice(0, None), slice(1, 3), slice(2, 3)):
-            for columns in (slice(0, None), slice(1, 3)):
-                parts = [step if i else slice(0, None) for i in range(tensor.ndim)]
-                parts = [*parts[:-1], columns] if tensor.ndim > 1 else parts
-                window = tuple(slice(*part.indices(size)[:2]) for part, size in zip(parts, tensor.shape))
-                read = file.read(key, window)
-                assert read.dtype == tensor.dtype
-                assert torch.equal(read.view(-1).view(torch.uint8), tensor[window].reshape(-1).view(torch.uint8)), key
-        rows = tuple(slice(min(1, size), size) for size in tensor.shape)
-        assert file.read(key, rows).shape == tensor[rows].shape
+        choices = [{(0, size), (min(1, size), size), (min(2, size), min(3, size))} for size in tensor.shape]
+        for bounds in itertools.product(*choices):
+            window = tuple(slice(*bound) for bound in bounds)
+            read = file.read(key, window)
+            assert (read.dtype, read.shape) == (tensor.dtype, tensor[window].shape)
+            assert torch.equal(read.view(-1).view(torch.uint8), tensor[window].reshape(-1).view(torch.uint8)), key
 
 
 KEY = "model.embed_tokens.weight"
@@ -377,6 +374,42 @@ def test_a_disk_that_fails_while_the_model_is_filled(folder, monkeypatch, failur
     with pytest.raises(WeightsError, match=message) as caught:
         load_pretrained_weights(LanguageModel.create(CONFIG), folder)
     assert "the model is filled in part" in str(caught.value)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_matrices_are_read_in_rows_of_the_file(tensors, tmp_path, monkeypatch, transposed):
+    """Rows of the file, which in transposed stacks are columns of ours: nothing is read twice, or more than a block."""
+    nested = {key.replace("model.", "model.language_model."): tensor for key, tensor in tensors.items()}
+    stacks = {}
+    for layer in range(2):
+        prefix = f"model.language_model.layers.{layer}.mlp.experts."
+        parts = [[nested.pop(f"{prefix}{e}.{n}_proj.weight") for n in ("gate", "up", "down")] for e in range(8)]
+        stacks[prefix + "gate_up_proj"] = torch.stack([torch.cat(part[:2]) for part in parts])
+        stacks[prefix + "down_proj"] = torch.stack([part[2] for part in parts])
+    if transposed:
+        stacks = {key: tensor.mT.contiguous() for key, tensor in stacks.items()}
+    text = {**VALUES, "model_type": "qwen3_vl_moe_text"}
+    values = {"model_type": "qwen3_vl_moe", "text_config": text, "tie_word_embeddings": False}
+    folder = write_folder(tmp_path, nested | stacks, values)
+    preadv, allocate, sizes = os.preadv, load.allocate, []
+
+    def record(descriptor, buffers, position):
+        sizes.append(len(buffers[0]))
+        return preadv(descriptor, buffers, position)
+
+    def start(*arguments):
+        sizes.clear()  # behind the headers
+        allocate(*arguments)
+
+    monkeypatch.setattr(load, "_BLOCK_NUMBERS", 100)
+    monkeypatch.setattr(load, "allocate", start)
+    monkeypatch.setattr(os, "preadv", record)
+    target = LanguageModel.create(CONFIG, seed=9)
+    load_pretrained_weights(target, folder)
+    ours = written_tensors(target)
+    assert all(torch.equal(ours[key], tensor) for key, tensor in tensors.items())
+    assert max(sizes) <= 4 * 100
+    assert sum(sizes) == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_short_reads_are_continued(folder, tensors, monkeypatch):
