@@ -53,6 +53,6 @@ def together() -> Iterator[None]:
     errors = gather(told)
     if own is not None and not isinstance(own, WeightsError):
         raise own
-    for error in errors:
-        if error is not None:
-            raise error
+    for first in errors:
+        if first is not None:
+            raise first

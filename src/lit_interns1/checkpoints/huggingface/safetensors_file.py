@@ -166,22 +166,20 @@ class SafetensorsFile:
         bits, dtype = DTYPES[stored.dtype]
         if dtype is None:
             raise WeightsError(f"{self.path}: {key} is {stored.dtype}, which cannot be read")
-        position, window = stored.start, list(window)
+        position, parts = stored.start, list(window)
         strides = [math.prod(stored.shape[i + 1 :]) * bits // 8 for i in range(len(stored.shape))]
-        rows = next((i for i, part in enumerate(window) if part.stop - part.start != 1), len(window))
+        rows = next((i for i, part in enumerate(parts) if part.stop - part.start != 1), len(parts))
         for i in range(rows):
-            position += window[i].start * strides[i]
-            window[i] = slice(0, 1)
+            position += parts[i].start * strides[i]
+            parts[i] = slice(0, 1)
         span = [1] * rows
-        if rows < len(window):
-            position += window[rows].start * strides[rows]
-            span += [window[rows].stop - window[rows].start, *stored.shape[rows + 1 :]]
-            window[rows] = slice(0, span[rows])
+        if rows < len(parts):
+            position += parts[rows].start * strides[rows]
+            span += [parts[rows].stop - parts[rows].start, *stored.shape[rows + 1 :]]
+            parts[rows] = slice(0, span[rows])
         values = torch.empty(span, dtype=dtype)
-        self._fill(
-            memoryview(values.view(-1).view(torch.uint8).numpy()) if values.numel() else memoryview(b""), position
-        )
-        part = values[tuple(window)]
+        self._fill(values.flatten().view(torch.uint8).numpy().data, position)
+        part = values[tuple(parts)]
         return part if part.shape == values.shape else part.clone()
 
     def _fill(self, buffer: memoryview, position: int) -> None:
