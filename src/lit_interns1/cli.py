@@ -12,7 +12,6 @@ from importlib import import_module
 from lit_interns1.commands.process import keep_freed_memory, quiet_waiting_threads
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "generate": ("lit_interns1.commands.generate:generate_text", "continue a prompt with a checkpoint"),
     "export": ("lit_interns1.commands.export:export_weights", "write a checkpoint's weights as a Hugging Face folder"),
     "summarize": ("lit_interns1.commands.summarize:summarize", "pictures, samples and baselines of a finished run"),
     "tokenizer": ("lit_interns1.commands.tokenizer:SUBCOMMANDS", "vocabularies of scientific domains: train, ratio"),
@@ -21,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Commands of our own: where they are, and what they do."""
 
 PAGE_COMMANDS: dict[str, tuple[str, str]] = {
+    "generate": ("lit_interns1.commands.generate", "continue a prompt with a checkpoint; ask about images and signals"),
     "expand": ("lit_interns1.commands.expand", "a larger model from a trained one: experts, positions, tokens"),
     "lr-search": ("lit_interns1.commands.lr_search", "the best learning rate of a config; the law of several"),
     "batch-size-law": ("lit_interns1.commands.batch_size_law", "from runs at several batch sizes to a schedule of it"),
@@ -28,7 +28,7 @@ PAGE_COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("lit_interns1.commands.report", "one HTML page about a run, from its local logs"),
     "dashboard": ("lit_interns1.commands.dashboard", "the matching W&B workspace, as a file or uploaded"),
 }
-"""Commands that parse their arguments themselves, with `run`: their first ones have no name."""
+"""Commands that parse their arguments themselves, with `run`."""
 
 TRAINER_COMMANDS: dict[str, str] = {
     "fit": "train a model",

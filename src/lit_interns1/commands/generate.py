@@ -1,8 +1,27 @@
-"""`lit-interns1 generate`: continue a prompt with the model of a checkpoint or of a Hugging Face folder."""
+"""`lit-interns1 generate`: continue a prompt with the model of a checkpoint or of a Hugging Face folder.
+
+A whole model (`MultimodalModule`) answers a question instead, about images and signals where some are given.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+_REPEATED = ("--image", "--time_series")
+"""Options that may be given several times."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parses the arguments of the command; `--image a --image b` means both."""
+    from jsonargparse import auto_cli
+
+    appended = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        appended.append(f"{name}+{equals}{value}" if name in _REPEATED else argument)
+    auto_cli(generate_text, args=appended, as_positional=False, prog="lit-interns1 generate")
 
 
 def find_tokenizer(checkpoint: Path, tokenizer: str | None) -> str:
@@ -33,8 +52,11 @@ def generate_text(
     num_samples: int = 1,
     seed: int = 0,
     device: str = "cpu",
+    image: list[str] | None = None,
+    time_series: list[str] | None = None,
+    sampling_rate: float | None = None,
 ) -> None:
-    """Continues a prompt and prints the text.
+    """Continues a prompt and prints the text; a whole model answers it.
 
     Args:
         ckpt: Checkpoint file, e.g. runs/tiny/checkpoints/last.ckpt, or a Hugging Face folder (config.json and
@@ -47,6 +69,9 @@ def generate_text(
         num_samples: Continuations to print.
         seed: Seed of the random numbers.
         device: Where to compute, e.g. cpu or cuda.
+        image: An image file that the prompt asks about; may be given several times.
+        time_series: A .npy, .npz, .csv or .wav file that the prompt asks about; may be given several times.
+        sampling_rate: Of the time series, in Hz; default: that of a .wav file, else a quarter of the points.
     """
     import sys
 
@@ -54,8 +79,9 @@ def generate_text(
         if num_samples < 1:
             raise ValueError(f"--num_samples must be at least 1, got {num_samples}")
         continuations = continue_prompt(
-            Path(ckpt), prompt, tokenizer, max_new_tokens, temperature, top_p, num_samples, seed, device
-        )
+            Path(ckpt), prompt, tokenizer, max_new_tokens, temperature, top_p, num_samples, seed, device, image or (),
+            time_series or (), sampling_rate,
+        )  # fmt: skip
     except (OSError, ValueError) as error:
         print(f"lit-interns1 generate: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -75,13 +101,23 @@ def continue_prompt(
     num_samples: int = 1,
     seed: int = 0,
     device: str = "cpu",
+    image: Sequence[str] = (),
+    time_series: Sequence[str] = (),
+    sampling_rate: float | None = None,
 ) -> list[str]:
-    """Prompt and continuation as text, one per sample; arguments as in `generate_text`."""
+    """Prompt and continuation as text, one per sample, or answers of a whole model; arguments as in `generate_text`."""
     from lit_interns1.checkpoints.huggingface import end_of_text_ids, is_pretrained_folder
+    from lit_interns1.commands.multimodal_prompt import check_kinds, is_multimodal
     from lit_interns1.data import load_tokenizer
     from lit_interns1.models import generate
     from lit_interns1.modules.language_model_module import load_language_model
 
+    sampling: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed,
+    }  # fmt: skip
+    if is_multimodal(checkpoint):
+        return _answer(checkpoint, prompt, tokenizer, num_samples, device, image, time_series, sampling_rate, sampling)
+    check_kinds(checkpoint, ["image"] * bool(image) + ["time_series"] * bool(time_series), ())
     model = load_language_model(checkpoint, device)
     encoder = load_tokenizer(find_tokenizer(checkpoint, tokenizer))
     if encoder.vocab_size > model.config.vocab_size:
@@ -93,8 +129,23 @@ def continue_prompt(
     stop_ids = [encoder.end_of_text_id]
     if is_pretrained_folder(checkpoint):
         stop_ids += end_of_text_ids(checkpoint)
-    output = generate(
-        model, [ids] * num_samples, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        stop_ids=stop_ids, seed=seed,
-    )  # fmt: skip
+    output = generate(model, [ids] * num_samples, stop_ids=stop_ids, **sampling)
     return [prompt + encoder.decode(tokens) for tokens in output.token_ids]
+
+
+def _answer(
+    checkpoint: Path, prompt: str, tokenizer: str | None, num_samples: int, device: str, images: Sequence[str],
+    time_series: Sequence[str], sampling_rate: float | None, sampling: dict[str, Any],
+) -> list[str]:  # fmt: skip
+    from lit_interns1.commands.multimodal_prompt import answer, check_kinds, format_of, question
+    from lit_interns1.data import load_tokenizer
+    from lit_interns1.modules.multimodal_module import load_multimodal_model
+
+    if not (prompt or images or time_series):
+        raise ValueError("--prompt: a whole model answers questions; ask one")
+    model = load_multimodal_model(checkpoint, device)
+    kinds = ["image"] * bool(images) + ["time_series"] * bool(time_series)
+    check_kinds(checkpoint, kinds, list(model.config.token_ids))
+    form = format_of(checkpoint, model.config, load_tokenizer(find_tokenizer(checkpoint, tokenizer)))
+    asked = question(images, time_series, sampling_rate, prompt)
+    return answer(model, form, asked, num_samples, **sampling)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lit_interns1.data.media.errors import MediaError
 from lit_interns1.data.media.frames import open_video
-from lit_interns1.data.media.images import ImageOptions, describe, open_file, open_image
+from lit_interns1.data.media.images import ImageOptions, decoding, describe, open_file, open_image
 from lit_interns1.data.media.native import NativeImageProcessor, NativeVideoProcessor, VisualPatches, timestamp_text
 from lit_interns1.data.media.signal_files import open_signal
 from lit_interns1.data.media.signals import TimeSeriesProcessor
@@ -65,10 +65,12 @@ def image_size(source: Any, options: ImageOptions) -> tuple[int, int]:
     if isinstance(source, (np.ndarray, Tensor, Image.Image)):
         picture = open_image(source, options)
         return picture.height, picture.width
+    name = describe(source)
     with open_file(source) as picture:
-        options.check_size(*picture.size, describe(source))
+        options.check_size(*picture.size, name)
         width, height = picture.size
-        sideways = picture.getexif().get(_ORIENTATION) in _SIDEWAYS
+        # not picture.getexif(): that of a PNG decodes all pixels
+        sideways = decoding(name, lambda: Image.Image.getexif(picture).get(_ORIENTATION)) in _SIDEWAYS
     return (width, height) if sideways else (height, width)
 
 

@@ -10,7 +10,7 @@ collectives, and every parameter has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -145,9 +145,22 @@ class MultimodalModel(nn.Module):
         Raises:
             ValueError: If the model has no encoder for a kind.
         """
+        self._check_kinds(media)
+        return self._encode(media)[0]
+
+    def _check_kinds(self, media: Mapping[str, MediaItems]) -> None:
         if unknown := media.keys() - self.config.token_ids.keys():
             raise ValueError(f"this model takes {', '.join(self.config.token_ids) or 'text only'}, got {unknown}")
+
+    def _encode(
+        self, media: Mapping[str, MediaItems], idle: torch.device | None = None
+    ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+        """Vectors by kind; and, on the device `idle`, zeros that depend on the encoders which the batch does not use.
+
+        Encoders run in one order whatever there is for them: each gathers its parameters, and ranks must do so in step.
+        """
         result: dict[str, list[Tensor]] = {}
+        nothing: list[Tensor] = []
         if frames := {kind: media[kind] for kind in ("image", "video") if kind in media}:
             grid_M3 = torch.cat([items.fact_MK for items in frames.values()]).long()
             patches_PC = torch.cat([items.values for items in frames.values()])
@@ -157,16 +170,13 @@ class MultimodalModel(nn.Module):
             vectors = list(merged.split([int(count) // window for count in grid_M3.prod(1).tolist()]))
             for kind, items in frames.items():
                 result[kind], vectors = vectors[: len(items)], vectors[len(items) :]
+        elif idle is not None and self.config.vision is not None:
+            nothing.append(self.projector(self.vision(*self.vision.smallest_input(idle))).sum() * 0)
         if "time_series" in media:
             result["time_series"] = self.time_series(*signals_of(media["time_series"]))
-        return result
-
-    def _nothing(self, media: Mapping[str, MediaItems], device: torch.device) -> Iterator[Tensor]:
-        """Zeros that depend on the encoders which this batch does not use."""
-        if self.config.vision is not None and not media.keys() & {"image", "video"}:
-            yield self.projector(self.vision(*self.vision.smallest_input(device))).sum() * 0
-        if self.config.time_series is not None and "time_series" not in media:
-            yield self.time_series(*self.time_series.smallest_input(device))[0].sum() * 0
+        elif idle is not None and self.config.time_series is not None:
+            nothing.append(self.time_series(*self.time_series.smallest_input(idle))[0].sum() * 0)
+        return result, nothing
 
     def embed(self, input_ids_T: Tensor, media: Mapping[str, MediaItems]) -> Tensor:
         """Embeddings of tokens, with the vectors of images and signals in their places.
@@ -181,7 +191,9 @@ class MultimodalModel(nn.Module):
         Raises:
             ValueError: If placeholders and vectors differ in number, or the model has no encoder for a kind.
         """
-        features = self.features(media)
+        self._check_kinds(media)
+        idle = input_ids_T.device if self.training or dist.is_initialized() else None
+        features, nothing = self._encode(media, idle)
         x_TD = self.language_model.embed_tokens(input_ids_T)
         for kind, token in self.config.token_ids.items():
             places = torch.nonzero(input_ids_T == token).flatten()
@@ -193,9 +205,8 @@ class MultimodalModel(nn.Module):
                 )
             if len(places):
                 x_TD = x_TD.index_copy(0, places, vectors.to(x_TD.dtype))
-        if self.training or dist.is_initialized():
-            for nothing in self._nothing(media, x_TD.device):
-                x_TD = x_TD + nothing.to(x_TD.dtype)
+        for zero in nothing:
+            x_TD = x_TD + zero.to(x_TD.dtype)
         return x_TD
 
     def axes_positions(self, input_ids_T: Tensor, position_ids_T: Tensor, media: Mapping[str, MediaItems]) -> Tensor:
