@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 # short class names in configs resolve to classes that are imported
 import lit_interns1.callbacks
+import lit_interns1.data.caption_data_module
 import lit_interns1.data.conversation_data_module
 import lit_interns1.data.text_data_module
 import lit_interns1.modules

@@ -2,6 +2,7 @@
 
 digits   28 × 28 handwritten digits (a part of MNIST)          "Which digit is this?"      "7"
 vowels   utterances of nine speakers, 12 channels, 7–29 points  "Which speaker is this?"    "3"
+pairs    two of the digits on 48 × 48 pixels    "What is in the image?"     "a large one above a small two"
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lit_interns1.data.digit_pairs import digit_pair
 from lit_interns1.data.sources import BUNDLED_FOLDER
 
 
@@ -21,17 +23,21 @@ class BundledSet(NamedTuple):
         file: Its name.
         question: What is asked.
         training: Whether it is the part for training.
+        pairs: How many pairs are made of its digits; 0 = the digits themselves.
     """
 
     file: str
     question: str
     training: bool
+    pairs: int = 0
 
 
 _DIGITS, _VOWELS = ("digits.npz", "Which digit is this?"), ("vowels.npz", "Which speaker is this?")
 BUNDLED_CONVERSATIONS = {
     "bundled:digits/train": BundledSet(*_DIGITS, True),
     "bundled:digits/test": BundledSet(*_DIGITS, False),
+    "bundled:digit-pairs/train": BundledSet("digits.npz", "What is in the image?", True, 8_000),
+    "bundled:digit-pairs/test": BundledSet("digits.npz", "What is in the image?", False, 400),
     "bundled:vowels/train": BundledSet(*_VOWELS, True),
     "bundled:vowels/test": BundledSet(*_VOWELS, False),
 }
@@ -62,17 +68,22 @@ _labelled = cache(labelled_arrays)
 
 def bundled_size(path: str) -> int:
     """How many there are."""
-    return len(_labelled(path)[1])
+    return BUNDLED_CONVERSATIONS[path].pairs or len(_labelled(path)[1])
 
 
 def bundled_record(path: str, index: int) -> dict[str, Any]:
     """One question with its answer, in the `messages` form."""
     values, labels = _labelled(path)
-    kind = "image" if values[index].shape == (28, 28) else "time_series"
-    question = [{"type": kind, kind: values[index]}, {"type": "text", "text": BUNDLED_CONVERSATIONS[path].question}]
+    entry = BUNDLED_CONVERSATIONS[path]
+    if entry.pairs:
+        value, answer = digit_pair(index, entry.training, values, labels)
+    else:
+        value, answer = values[index], str(int(labels[index]))
+    kind = "image" if value.dtype == np.uint8 else "time_series"
+    question = [{"type": kind, kind: value}, {"type": "text", "text": entry.question}]
     return {
         "messages": [
             {"role": "user", "content": question},
-            {"role": "assistant", "content": str(int(labels[index]))},
+            {"role": "assistant", "content": answer},
         ]
     }

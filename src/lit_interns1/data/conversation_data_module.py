@@ -27,6 +27,18 @@ from lit_interns1.data.token_store import DEFAULT_CACHE_FOLDER
 from lit_interns1.data.tokenizer import TextTokenizer, load_tokenizer
 
 
+def check_patches(visuals: Visuals, vision: Any) -> None:
+    """Raises ValueError if an image encoder (its config) takes other patches than `visuals` makes."""
+    ours = (visuals.patch_values, visuals.merge_size)
+    theirs = (vision.patch_values, vision.merge_size)
+    if ours != theirs:
+        raise ValueError(
+            f"{type(visuals).__name__} makes patches of {ours[0]} numbers, merged {ours[1]} × {ours[1]}; the vision "
+            f"encoder takes {theirs[0]}, merged {theirs[1]} × {theirs[1]}: patch_size, temporal_patch_size and "
+            "merge_size must agree"
+        )
+
+
 class ConversationDataModule(RowDataModule):
     """Conversations as `PackedBatch`es with media.
 
@@ -145,14 +157,7 @@ class ConversationDataModule(RowDataModule):
                     f"which has the id {index}: set {kind}_token_id={index}"
                 )
             if kind in ("image", "video"):
-                ours = (self.visuals.patch_values, self.visuals.merge_size)
-                theirs = (config.vision.patch_values, config.vision.merge_size)
-                if ours != theirs:
-                    raise ValueError(
-                        f"{type(self.visuals).__name__} makes patches of {ours[0]} numbers, merged {ours[1]} × "
-                        f"{ours[1]}; the vision encoder takes {theirs[0]}, merged {theirs[1]} × {theirs[1]}: "
-                        "patch_size, temporal_patch_size and merge_size must agree"
-                    )
+                check_patches(self.visuals, config.vision)
 
     # inside
 
