@@ -15,9 +15,8 @@ from lit_interns1.data.dynamic_tokenizer import DynamicTokenizer
 def test_train_and_ratio(tmp_path: Path, capsys):
     (tmp_path / "genes.txt").write_text("ATGGCCATTGTA\nATGATGGCCGTA\n" * 20)
     out = tmp_path / "new" / "tokenizer.json"
-    domains = (
-        f'{{"SMILES": "bundled:molecules", "XNA": "{tmp_path / "genes.txt"}", "GENE": "{tmp_path / "genes.txt"}"}}'
-    )
+    genes = str(tmp_path / "genes.txt")
+    domains = json.dumps({"SMILES": "bundled:molecules", "XNA": genes, "GENE": genes})
     arguments = ["tokenizer", "train", "--domains", domains, "--documents", "300", "--size", "64", "--out", str(out)]
     main(arguments)
     printed = capsys.readouterr().out
