@@ -139,7 +139,7 @@ def load_saved(content: bytes, origin: str, end_of_text: str | None = None) -> D
         ]
         return DynamicTokenizer(
             base, domains, saved["protected"], saved["normalization"], saved["metaspace_is_space"],
-            end_of_text or saved["end_of_text"], origin=origin,
+            end_of_text or saved["end_of_text"], content.decode("utf-8"), origin,
         )  # fmt: skip
     except TokenizerError as error:
         raise TokenizerError(f"{origin}: {str(error).removeprefix(f'{origin}: ')}") from None
