@@ -253,10 +253,13 @@ def content(model, tmp_path_factory):
 
 def test_truncated_files(content, tmp_path):
     path, target = tmp_path / "a.gguf", LanguageModel.create(CONFIG)
-    for size in [*range(0, 3000, 61), *range(3000, len(content) - 32, 9973), len(content) - 33]:
+    for size in [*range(0, 3000, 61), *range(3000, len(content) - 32, 9973), len(content) - 1]:
         path.write_bytes(content[:size])
         with pytest.raises(WeightsError, match=r"truncated|damaged|no GGUF|no tensor|do not fit|ends at byte"):
             load_pretrained_weights(target, path)
+    problems, message = refused(path)  # the last byte of the last tensor is missing
+    assert {kind for kind, _ in problems} == {"missing"}
+    assert "it is truncated" in message
 
 
 def little(kind, number):
@@ -336,6 +339,8 @@ def test_tables_that_do_not_fit_the_bytes(tensors, tmp_path):
     problems, message = changed(offset=0)
     assert {kind for kind, _ in problems} == {"duplicate"}
     assert "lies at the place of" in message
+    own = struct.unpack("<Q", whole[at + 4 : at + 12])[0]
+    assert {kind for kind, _ in changed(offset=own - 32 if own else 32)[0]} == {"duplicate"}
     size = sum(-(-tensor.nbytes // 32) * 32 for tensor in tensors.values())
     problems, message = changed(offset=size - 32)
     assert ("missing", "output.weight") in problems

@@ -38,11 +38,11 @@ PUBLISHED = {
 """Pre-tokenizer, normaliser and `ignore_merges` as the tokenizer.json files of these models spell them."""
 TEXTS = (
     "The cat's 12345 hats cost $67.89!\n\nIt'LL do,  they said:   42  times\r\n", "e\u0301 \u00e9 Ω≈ 你好 🙂",
-    "a  7  b",
+    "a  7  b and what is unmerged",
     "<|endoftext|>x<think>hm</think> y", "\t\tif x == 10:\n        return  0\n \n", "", " ", "DON'T stop 2024-01-02",
 )  # fmt: skip
 CORPUS = [
-    *(text for text in TEXTS if "<" not in text),
+    *(text for text in TEXTS if "<" not in text and "unmerged" not in text),
     "the cat sat on the mat and the hat " * 20,
     "123 456 789 12 23 34 " * 20,
     "\u00e9t\u00e9 " * 30,
@@ -60,6 +60,7 @@ def vocabulary():
     )
     model = json.loads(trained.to_str())["model"]
     tokens = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
+    tokens.append("Ġunmerged")  # no merges lead to it
     special, defined = ["<|endoftext|>", "<|im_end|>"], ["<think>", "</think>"]
     types = [1] * len(tokens) + [3] * len(special) + [4] * len(defined)
     return [*tokens, *special, *defined], [" ".join(pair) for pair in model["merges"]], types
