@@ -20,6 +20,7 @@ _LAZY_EXPORTS: dict[str, str] = {
     "MultimodalModel": "lit_interns1.models",
     "MultimodalModule": "lit_interns1.modules",
     "TextDataModule": "lit_interns1.data",
+    "ConversationDataModule": "lit_interns1.data",
     "PackedBatch": "lit_interns1.data",
     "SummedLoss": "lit_interns1.training",
     "TokenClock": "lit_interns1.callbacks",

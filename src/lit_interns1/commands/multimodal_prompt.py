@@ -2,7 +2,7 @@
 
     <|im_start|>user ⏎ images, signals, text <|im_end|> ⏎ <|im_start|>assistant ⏎      →  the answer
 
-Images and signals are cut as in training: the run directory's `config.yaml` says how. Without one, sizes follow from the
+Images and signals are cut as in training: the run directory's `config.yaml` says how. Without it, sizes follow from the
 model, and limits are the processors' own.
 """
 

@@ -9,7 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_interns1.data.conversation_data_module import ConversationDataModule
+    from lit_interns1.data.conversation_media import ImageTransform, NativeVisuals, RandomAffine, TiledVisuals
+    from lit_interns1.data.conversations import ConversationSource
     from lit_interns1.data.loader import EvaluationLoader, ResumableLoader
+    from lit_interns1.data.media_tokens import MediaTokens
     from lit_interns1.data.order import RowOrder
     from lit_interns1.data.packed_batch import IGNORED_LABEL, PackedBatch
     from lit_interns1.data.packing import PackingPlan, pack_documents, plan_rows
@@ -20,10 +24,16 @@ if TYPE_CHECKING:
     from lit_interns1.data.tokenizer import TextTokenizer, TokenizerError, load_tokenizer
 
 _HOME = {
+    "ConversationDataModule": "conversation_data_module",
+    "ConversationSource": "conversations",
     "EvaluationLoader": "loader",
     "IGNORED_LABEL": "packed_batch",
+    "ImageTransform": "conversation_media",
+    "MediaTokens": "media_tokens",
+    "NativeVisuals": "conversation_media",
     "PackedBatch": "packed_batch",
     "PackingPlan": "packing",
+    "RandomAffine": "conversation_media",
     "ResumableLoader": "loader",
     "RowOrder": "order",
     "RowReader": "rows",
@@ -31,6 +41,7 @@ _HOME = {
     "TextDataModule": "text_data_module",
     "TextSource": "sources",
     "TextTokenizer": "tokenizer",
+    "TiledVisuals": "conversation_media",
     "TokenStore": "token_store",
     "TokenizerError": "tokenizer",
     "load_tokenizer": "tokenizer",
@@ -40,10 +51,16 @@ _HOME = {
 }
 
 __all__ = [
+    "ConversationDataModule",
+    "ConversationSource",
     "EvaluationLoader",
     "IGNORED_LABEL",
+    "ImageTransform",
+    "MediaTokens",
+    "NativeVisuals",
     "PackedBatch",
     "PackingPlan",
+    "RandomAffine",
     "ResumableLoader",
     "RowOrder",
     "RowReader",
@@ -51,6 +68,7 @@ __all__ = [
     "TextDataModule",
     "TextSource",
     "TextTokenizer",
+    "TiledVisuals",
     "TokenStore",
     "TokenizerError",
     "load_tokenizer",

@@ -35,11 +35,11 @@ class Span(NamedTuple):
 
     Attributes:
         text: Text in front of them.
-        count: How many.
+        vectors: How many.
     """
 
     text: str
-    count: int
+    vectors: int
 
 
 class Item(NamedTuple):
@@ -48,12 +48,12 @@ class Item(NamedTuple):
     Attributes:
         values: As the kind wants them.
         facts: As the kind wants them.
-        count: Vectors that the encoder makes of it.
+        vectors: How many the encoder makes of it.
     """
 
     values: Tensor
     facts: tuple[float, ...]
-    count: int
+    vectors: int
 
 
 def image_size(source: Any, options: ImageOptions) -> tuple[int, int]:

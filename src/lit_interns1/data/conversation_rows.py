@@ -141,7 +141,7 @@ class ConversationFormat:
                 placeholder = token_id(self.tokenizer, self.tokens.placeholders[kind])
                 for span in spans:
                     add(self._encode(text + span.text))
-                    add([before, *[placeholder] * span.count, behind])
+                    add([before, *[placeholder] * span.vectors, behind])
                     text = ""
             add(self._encode(text), is_answer)
             add([end], is_answer)
@@ -298,7 +298,7 @@ def _render_all(parsed: list[Conversation], form: ConversationFormat, read_media
 
 def check_count(conversation: Conversation, items: list[tuple[str, Item]], placeholders: int) -> None:
     """Raises MediaError if the media of a conversation do not give as many vectors as it has placeholders."""
-    count = sum(item.count for _, item in items)
+    count = sum(item.vectors for _, item in items)
     if count != placeholders:
         raise MediaError(
             f"{conversation.where}: its media give {count} vectors, but their headers announced {placeholders}: a file "

@@ -21,6 +21,7 @@ from lit_interns1.models.config import changed, differing_fields
 from lit_interns1.models.multimodal import PARTS, MultimodalConfig, MultimodalModel, multimodal_config_from_dict
 from lit_interns1.models.multimodal_presets import multimodal_preset
 from lit_interns1.modules.language_model_module import LanguageModelModule, fill_from_checkpoint
+from lit_interns1.modules.vision_encoder_module import load_vision_weights
 from lit_interns1.nn.moe import BalanceLoss
 from lit_interns1.objectives import NextTokenCrossEntropy
 from lit_interns1.objectives.answer_accuracy import AnswerAccuracy
@@ -43,12 +44,14 @@ class MultimodalModule(LanguageModelModule):
         seed: Seed of the initial weights.
         decay_embeddings: Also apply weight decay to embeddings.
         init_weights: A Hugging Face folder of a whole model to start from.
+        vision_weights: A checkpoint of `VisionEncoderModule` whose image encoder to start from; it goes over
+            `init_weights`.
 
     Logs what `LanguageModelModule` logs, and `val/accuracy`: the share of answers in which every token is the most
     likely one, so that greedy decoding gives the whole answer.
 
     Raises:
-        ValueError: If a part is unknown, or the model does not have it.
+        ValueError: If a part is unknown, or the model does not have it or the encoder that `vision_weights` is for.
     """
 
     model: MultimodalModel  # type: ignore[assignment]
@@ -67,6 +70,7 @@ class MultimodalModule(LanguageModelModule):
         seed: int = 0,
         decay_embeddings: bool = True,
         init_weights: str | None = None,
+        vision_weights: str | None = None,
     ) -> None:
         if changes and isinstance(config, MultimodalConfig):
             raise ValueError(f"changes = {changes} are for presets; write them into the config itself")
@@ -78,6 +82,9 @@ class MultimodalModule(LanguageModelModule):
             objective=objective or NextTokenCrossEntropy(sample_weighting="square_root"), balance=balance, seed=seed,
             decay_embeddings=decay_embeddings, init_weights=init_weights,
         )  # fmt: skip
+        if vision_weights is not None and self.multimodal_config.vision is None:
+            raise ValueError(f"vision_weights = {vision_weights!r} needs a model with vision; this one has none")
+        self.vision_weights = vision_weights
         self.answer_accuracy = AnswerAccuracy()
         present = {"language_model"}
         present |= {"vision", "projector"} if self.multimodal_config.vision is not None else set()
@@ -99,6 +106,12 @@ class MultimodalModule(LanguageModelModule):
                 parameter.requires_grad_(False)
         return model
 
+    def materialize(self, device: torch.device | str) -> None:
+        """Also takes the image encoder of `vision_weights`."""
+        super().materialize(device)
+        if self.vision_weights is not None and not self.checkpoint_follows:
+            load_vision_weights(self.model.vision, self.vision_weights)
+
     def media_inputs(self, batch: PackedBatch) -> dict[str, Any]:
         """The batch's images and signals."""
         return {"media": batch.media}
@@ -106,7 +119,7 @@ class MultimodalModule(LanguageModelModule):
     def setup(self, stage: str) -> None:
         """Also compares placeholders and patches of the data with the model's."""
         super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "check_model"):
             data.check_model(self.multimodal_config)
 

@@ -73,6 +73,7 @@ SECTIONS: tuple[Section, ...] = (
             Chart("Loss", ("train/loss", "val/loss"), "nats per token"),
             Chart("Validation loss by source", ("val/loss/{source}",), "nats per token"),
             Chart("Validation loss per byte of text", ("val/bits_per_byte",), "bits per byte"),
+            Chart("Answers that are right", ("val/accuracy",)),
             Chart("Balance loss", ("train/balance",)),
             Chart("Router z loss", ("train/router_z",), "nats²"),
         ),
