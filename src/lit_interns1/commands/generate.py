@@ -115,7 +115,7 @@ def continue_prompt(
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed,
     }  # fmt: skip
-    if is_multimodal(checkpoint):
+    if is_multimodal(checkpoint, bool(image or time_series)):
         return _answer(checkpoint, prompt, tokenizer, num_samples, device, image, time_series, sampling_rate, sampling)
     check_kinds(checkpoint, ["image"] * bool(image) + ["time_series"] * bool(time_series), ())
     model = load_language_model(checkpoint, device)
@@ -144,6 +144,11 @@ def _answer(
     if not (prompt or images or time_series):
         raise ValueError("--prompt: a whole model answers questions; ask one")
     model = load_multimodal_model(checkpoint, device)
+    if model.config.mrope_section is not None:
+        raise ValueError(
+            f"--image: {checkpoint} rotates images by row and column (Qwen3-VL): it can be scored and converted, not "
+            "asked here"
+        )
     kinds = ["image"] * bool(images) + ["time_series"] * bool(time_series)
     check_kinds(checkpoint, kinds, list(model.config.token_ids))
     form = format_of(checkpoint, model.config, load_tokenizer(find_tokenizer(checkpoint, tokenizer)))

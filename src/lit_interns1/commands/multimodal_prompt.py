@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from lit_interns1.models.multimodal import MultimodalConfig, MultimodalModel
 
 
-def is_multimodal(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written by `MultimodalModule`."""
+def is_multimodal(checkpoint: Path, with_media: bool) -> bool:
+    """Whether the whole model is needed: of a checkpoint of `MultimodalModule`, or of a Hugging Face folder with
+    encoders that is asked about images or signals."""
     from lit_interns1.checkpoints import MULTIMODAL_KEY, read_checkpoint
     from lit_interns1.checkpoints.huggingface import is_pretrained_folder
+    from lit_interns1.checkpoints.huggingface.config import read_pretrained_config
 
-    return not is_pretrained_folder(checkpoint) and MULTIMODAL_KEY in read_checkpoint(checkpoint)
+    if is_pretrained_folder(checkpoint):
+        return with_media and bool(read_pretrained_config(checkpoint).layout.encoders)
+    return MULTIMODAL_KEY in read_checkpoint(checkpoint)
 
 
 def readers_of(checkpoint: Path, config: MultimodalConfig) -> tuple[Any, Any]:

@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lit_interns1.checkpoints import MULTIMODAL_KEY, read_checkpoint
+from lit_interns1.checkpoints.huggingface import (
+    is_pretrained_folder,
+    load_pretrained_multimodal_model,
+    multimodal_config_from_pretrained,
+)
 from lit_interns1.data.packed_batch import PackedBatch
 from lit_interns1.models.config import changed, differing_fields
 from lit_interns1.models.multimodal import PARTS, MultimodalConfig, MultimodalModel, multimodal_config_from_dict
@@ -32,8 +37,10 @@ class MultimodalModule(LanguageModelModule):
     """Trains a `MultimodalModel` on packed batches with media.
 
     Args:
-        config: The model's shape, or the name of a preset of whole models; default "tiny-s1-pro".
-        changes: Fields of the preset to change, as in `{text: {vocab_size: 4200}, vision: {num_layers: 4}}`.
+        config: The model's shape, or the name of a preset of whole models; default: that of `init_weights`, else
+            "tiny-s1-pro".
+        changes: Fields of the preset, or of the folder's config, to change, as in
+            `{text: {vocab_size: 4200}, vision: {num_layers: 4}}`.
         train_parts: Which parts are trained: "language_model", "vision", "projector", "time_series" (its own projector
             belongs to "projector"). None = all.
         optimizer: As for `LanguageModelModule`.
@@ -43,7 +50,8 @@ class MultimodalModule(LanguageModelModule):
         balance: As for `LanguageModelModule`.
         seed: Seed of the initial weights.
         decay_embeddings: Also apply weight decay to embeddings.
-        init_weights: A Hugging Face folder of a whole model to start from.
+        init_weights: A Hugging Face folder of a whole model to start from. A `config` that is given as well must
+            describe the same network.
         vision_weights: A checkpoint of `VisionEncoderModule` whose image encoder to start from; it goes over
             `init_weights`.
 
@@ -73,8 +81,11 @@ class MultimodalModule(LanguageModelModule):
         vision_weights: str | None = None,
     ) -> None:
         if changes and isinstance(config, MultimodalConfig):
-            raise ValueError(f"changes = {changes} are for presets; write them into the config itself")
-        if not isinstance(config, MultimodalConfig):
+            raise ValueError(f"changes = {changes} are for presets and folders; write them into the config itself")
+        theirs = config is None and init_weights is not None
+        if theirs:
+            config = multimodal_config_from_pretrained(str(init_weights))
+        elif not isinstance(config, MultimodalConfig):
             config = multimodal_preset(config or "tiny-s1-pro")
         self.multimodal_config: MultimodalConfig = changed(config, changes or {})
         super().__init__(
@@ -82,6 +93,7 @@ class MultimodalModule(LanguageModelModule):
             objective=objective or NextTokenCrossEntropy(sample_weighting="square_root"), balance=balance, seed=seed,
             decay_embeddings=decay_embeddings, init_weights=init_weights,
         )  # fmt: skip
+        self._config_is_theirs = theirs
         if vision_weights is not None and self.multimodal_config.vision is None:
             raise ValueError(f"vision_weights = {vision_weights!r} needs a model with vision; this one has none")
         self.vision_weights = vision_weights
@@ -160,12 +172,15 @@ def part_of(name: str) -> str:
 
 
 def load_multimodal_model(path: str | Path, device: torch.device | str = "cpu") -> MultimodalModel:
-    """The whole model of a checkpoint (one file or sharded), in eval mode.
+    """The whole model of a checkpoint (one file or sharded) or a Hugging Face folder, in eval mode.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
         ValueError: As `read_checkpoint`, or if the checkpoint was not written by `MultimodalModule`.
+        WeightsError: If it is a Hugging Face folder that cannot be read.
     """
+    if is_pretrained_folder(path):
+        return load_pretrained_multimodal_model(path, device).eval()
     checkpoint = read_checkpoint(path, device)
     if MULTIMODAL_KEY not in checkpoint:
         raise ValueError(f"checkpoint {path} has no {MULTIMODAL_KEY!r}: it was not written by MultimodalModule")
