@@ -40,6 +40,14 @@ OPTIONS = [
 ]  # fmt: skip
 NOT_OF_THIS_RUN = {
     "val/accuracy": "a whole model",
+    "train/temperature": "pairs of images and captions",
+    "train/logit_bias": "pairs of images and captions",
+    "train/alignment": "pairs of images and captions",
+    "val/image_to_text/recall_at_1": "pairs of images and captions",
+    "val/image_to_text/recall_at_5": "pairs of images and captions",
+    "val/text_to_image/recall_at_1": "pairs of images and captions",
+    "val/text_to_image/recall_at_5": "pairs of images and captions",
+    "val/retrieval_chance": "pairs of images and captions",
     "stability/logit_mean": "a head that returns logits",
     "stability/logit_max": "a head that returns logits",
 }

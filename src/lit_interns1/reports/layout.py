@@ -74,6 +74,17 @@ SECTIONS: tuple[Section, ...] = (
             Chart("Validation loss by source", ("val/loss/{source}",), "nats per token"),
             Chart("Validation loss per byte of text", ("val/bits_per_byte",), "bits per byte"),
             Chart("Answers that are right", ("val/accuracy",)),
+            Chart(
+                "Retrieval among validation pairs",
+                (
+                    "val/image_to_text/recall_at_1",
+                    "val/image_to_text/recall_at_5",
+                    "val/text_to_image/recall_at_1",
+                    "val/text_to_image/recall_at_5",
+                    "val/retrieval_chance",
+                ),
+            ),
+            Chart("Temperature and alignment of pairs", ("train/temperature", "train/alignment")),
             Chart("Balance loss", ("train/balance",)),
             Chart("Router z loss", ("train/router_z",), "nats²"),
         ),
