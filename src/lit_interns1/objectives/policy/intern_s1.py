@@ -37,8 +37,8 @@ class InternS1(OREAL):
     Published: the form, k = 0.2 and β = 0.01 for KL-Cov, 8 responses per prompt, 8 updates per rollout batch.
     Reconstruction: λ_sft = 1 and λ_pg = 0.5 (those of OREAL), leave-one-out advantages of rewards ±1, no advantage on
     the right responses, the sign of the KL-Cov term (a penalty), its estimator and its batch. The unit of k is not
-    clear: 0.2 as a fraction is 20 % of the tokens, while the origin of KL-Cov uses 0.0002 to 0.002. The default is cautious;
-    `InternS1.published` takes 0.2 as a fraction.
+    clear: 0.2 as a fraction is 20 % of the tokens, while the origin of KL-Cov uses 0.0002 to 0.002. The default is
+    cautious; `InternS1.published` takes 0.2 as a fraction.
 
     Args:
         sft_loss_weight: λ_sft.
