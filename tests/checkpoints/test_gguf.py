@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distributed_harness import run_ranks
 from gguf_files import CONFIG, CONFIGS, metadata, random_model, write_gguf, write_model, written_tensors
 from lit_interns1.checkpoints import (
     WeightsError,
@@ -22,7 +23,10 @@ from lit_interns1.checkpoints import (
 )
 from lit_interns1.checkpoints.gguf.weights import open_gguf_weights
 from lit_interns1.checkpoints.huggingface import end_of_text_ids
+from lit_interns1.commands.expand import expand_weights
+from lit_interns1.commands.export import export_weights
 from lit_interns1.models import LanguageModel
+from lit_interns1.modules.language_model_module import LanguageModelModule, load_language_model
 
 VALUES = metadata(CONFIG, "llama")
 
@@ -373,3 +377,66 @@ def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "b.gguf")
     assert "b.gguf is no file" in refused(tmp_path / "b.gguf")[1]
     assert end_of_text_ids(write_model(tmp_path / "c.gguf", random_model(CONFIG), "llama")) == []
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_exported_and_expanded_as_folders_are(tmp_path):
+    ids = torch.randint(96, (1, 40), generator=torch.Generator().manual_seed(0))
+    path = write_model(tmp_path / "a.gguf", random_model(CONFIGS["qwen3"]), "qwen3", "Q8_0")
+    dense = load_pretrained_model(path)
+    export_weights(str(path), str(tmp_path / "dense"))
+    assert torch.equal(load_pretrained_model(tmp_path / "dense")(ids).logits, dense(ids).logits)
+    expand_weights(str(path), str(tmp_path / "sparse"), experts=4, experts_per_token=2)
+    sparse = load_pretrained_model(tmp_path / "sparse")
+    assert sparse.config.moe is not None
+    assert sparse.config.moe.num_experts == 4
+    torch.testing.assert_close(sparse(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+    llama = write_model(tmp_path / "b.gguf", random_model(CONFIG), "llama")
+    with pytest.raises(WeightsError, match="layouts that can: none"):
+        expand_weights(str(llama), str(tmp_path / "never"), experts=4, experts_per_token=2)
+
+
+def test_a_run_starts_from_a_file(tmp_path):
+    path = write_model(tmp_path / "a.gguf", random_model(CONFIGS["qwen2"]), "qwen2", "Q4_0")
+    module = LanguageModelModule(init_weights=str(path), changes={"activation_checkpointing": "block"})
+    module.configure_model()
+    assert module.config == replace(config_from_pretrained(path), activation_checkpointing="block")
+    whole = load_language_model(path).state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in module.model.state_dict().items())
+    with pytest.raises(WeightsError, match="does not exist"):
+        LanguageModelModule(init_weights=str(tmp_path / "b.gguf"))
+
+
+# -- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def load_sharded_model(rank, world, path):
+    """Whole tensors after loading into DTensors, and the bytes that this rank took."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        sharded = LanguageModel(config_from_pretrained(path))
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in sharded.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    loaded = load_pretrained_weights(sharded, path)
+    return {name: t.full_tensor() for name, t in sharded.state_dict().items()}, loaded.bytes_read
+
+
+def test_ranks_read_the_rows_that_they_hold(tmp_path):
+    """Three ranks cut heads in the middle, so of queries and keys they read whole heads."""
+    path = write_model(tmp_path / "a.gguf", random_model(CONFIG), "llama", "Q8_0")
+    whole, read = load_pretrained_model(path).state_dict(), open_gguf_weights(path)
+    for name in read.tensors:
+        read.read(name, tuple(slice(0, size) for size in read.tensors[name].shape))
+    results = run_ranks(load_sharded_model, 3, path, timeout=60)
+    for tensors, _ in results:
+        assert tensors.keys() == whole.keys()
+        assert all(torch.equal(tensors[name], whole[name]) for name in whole)
+    shares = [share for _, share in results]
+    assert read.bytes_read <= sum(shares) < 1.2 * read.bytes_read
+    assert max(shares) < 0.5 * read.bytes_read

@@ -51,8 +51,9 @@ class LanguageModelModule(LightningModule):
         balance: Balance and z losses of the routers.
         seed: Seed of the initial weights.
         decay_embeddings: Also apply weight decay to the embedding.
-        init_weights: A Hugging Face folder (config.json and safetensors files) to start from instead of random weights.
-            A `config` that is given as well must describe the same network. A checkpoint that is loaded goes over it.
+        init_weights: A Hugging Face folder (config.json and safetensors files), or a GGUF file, to start from instead
+            of random weights. A `config` that is given as well must describe the same network. A checkpoint that is
+            loaded goes over it.
 
     Logs `train/loss` (the objective per token over the optimizer step, without the routers' losses), `train/balance`,
     `train/router_z`, `train/tokens`, `optim/lr`, `val/loss`, and `val/loss/{source}` if batches carry `source_id`.
@@ -240,12 +241,12 @@ class LanguageModelModule(LightningModule):
 
 
 def load_language_model(path: str | Path, device: torch.device | str = "cpu") -> LanguageModel:
-    """The language model of a checkpoint (one file or sharded) or a Hugging Face folder, in eval mode.
+    """The language model of a checkpoint (one file or sharded), a Hugging Face folder or a GGUF file, in eval mode.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
         ValueError: As `read_checkpoint`, or if the checkpoint was not written by `LanguageModelModule`.
-        WeightsError: If it is a Hugging Face folder that cannot be read.
+        WeightsError: If it is a Hugging Face folder or a GGUF file that cannot be read.
     """
     if is_pretrained_folder(path):
         return load_pretrained_model(path, device).eval()
