@@ -398,6 +398,13 @@ def test_errors_name_what_is_wrong() -> None:
         policy.GRPO(entropy_coef=0.1)(batches.scores_of(logp), policy.GRPO(entropy_coef=0.1).prepare(inputs))
     with pytest.raises(ValueError, match=r"scores of \(4,\) tokens for inputs of \(83,\)"):
         policy.DAPO()(batches.scores_of(logp[:4]), policy.DAPO().prepare(inputs))
+    spoiled = inputs.changed(old_logprobs=torch.where(inputs.sample_ids == 2, torch.nan, inputs.old_logprobs))
+    with pytest.raises(
+        ValueError, match=r"DAPO: of 31 response tokens of this step, not finite are old_logprobs on 7:"
+    ):
+        policy.DAPO().prepare(spoiled)
+    unknown = inputs.changed(rollout_logprobs=torch.where(inputs.sample_ids == 2, torch.nan, inputs.rollout_logprobs))
+    assert bool(policy.InternS1Pro().prepare(unknown).weights["policy"].isfinite().all())
     with pytest.raises(ValueError, match="no 'response_mask'"):
         policy.PolicyInputs.from_fields({}, inputs.sample_ids)
     with pytest.raises(ValueError, match="add up to 4, not to the 83"):

@@ -101,12 +101,22 @@ class WeightedTokenLoss(ABC):
             A copy with `response_lengths` and, beside those that are there, `weights`; split it as the batch is split.
 
         Raises:
-            ValueError: If a required vector is missing.
+            ValueError: If a required vector is missing, or not finite on a response token of any rank (the log μ of a
+                token may be NaN).
         """
         inputs.require(self.requires, type(self).__name__)
         length_S = inputs.sample_lengths
         counts = {"tokens": length_S.sum(), "samples": (length_S > 0).sum(), **self.extra_counts(inputs)}
-        weights = self.term_weights(inputs, global_sums(counts, process_group), process_group)
+        wrong = {name: inputs.value(name) for name in sorted(self.requires)}
+        wrong = {n: x.isinf() if n == "rollout_logprobs" else ~x.isfinite() for n, x in wrong.items()}
+        totals = global_sums(counts | {f"wrong {name}": x.sum() for name, x in wrong.items()}, process_group)
+        bad = [f"{name} on {int(n)}" for name in wrong if (n := totals[f"wrong {name}"].item())]
+        if bad:
+            raise ValueError(
+                f"{type(self).__name__}: of {int(totals['tokens'])} response tokens of this step, not finite are "
+                f"{', '.join(bad)}: leave failed samples out of response_mask"
+            )
+        weights = self.term_weights(inputs, totals, process_group)
         return replace(inputs, weights={**inputs.weights, **weights}, response_lengths=inputs.to_tokens(length_S))
 
     def extra_counts(self, inputs: PolicyInputs) -> dict[str, Tensor]:
