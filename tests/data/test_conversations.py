@@ -310,7 +310,7 @@ def test_rows_do_not_depend_on_ranks_or_workers_and_resume(folder):
 
 def test_images_change_from_epoch_to_epoch_in_training_alone(folder):
     path = write(folder, *[[user(image(0)), assistant("x")]] * 6)
-    options = {"row_length": 24, "global_batch_size": 6, "micro_batch_size": 6, "transform": RandomAffine(3)}
+    options = {"row_length": 48, "global_batch_size": 3, "micro_batch_size": 3, "transform": RandomAffine(3)}
     data = ready(module(folder, path, path, **options))
     first, second = (next(iter(data.train_dataloader())).media["image"].values for _ in range(2))
     assert len({first[24 * i : 24 * (i + 1)].numpy().tobytes() for i in range(6)}) == 6

@@ -113,32 +113,38 @@ def train_all(rank, world, cases):
     return [train(rank, world, *case) for case in cases]
 
 
-STAGES = [None, ["projector"], ["vision", "projector"], ["language_model"], ["time_series", "projector"]]
+STAGES = {
+    "all, one stage": [None, ["vision", "projector"]],
+    "others": [["projector"], ["language_model"], ["time_series", "projector"]],
+}
 
 
-def test_ranks_with_and_without_images_train_like_one_process():
+@pytest.mark.parametrize("name", ["all, one stage", pytest.param("others", marks=pytest.mark.slow)])
+def test_ranks_with_and_without_images_train_like_one_process(name):
     """Rank 0 has all images and rank 1 all signals, experts are divided; stages leave the other parts as they were."""
-    wanted = run_ranks(train_all, 1, [(None, parts) for parts in STAGES], timeout=120.0)[0]
-    cases = [({"expert_parallel_size": 2}, parts) for parts in STAGES] + [({}, ["vision", "projector"])]
+    stages = STAGES[name]
+    wanted = run_ranks(train_all, 1, [(None, parts) for parts in stages], timeout=120.0)[0]
+    cases = [({"expert_parallel_size": 2}, parts) for parts in stages]
+    cases += [({}, stages[-1])] if name == "others" else []
     results = run_ranks(train_all, 2, cases, timeout=120.0)
     for number, (_, parts) in enumerate(cases):
-        expected = wanted[STAGES.index(parts)]
+        expected = wanted[stages.index(parts)]
         for rank in range(2):
             ours = results[rank][number]
             assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-5), parts
             assert ours["gradients"].keys() == expected["gradients"].keys(), parts
             for kind in ("gradients", "parameters"):
-                for name, tensor in ours[kind].items():
-                    other = expected[kind][name]
+                for parameter, tensor in ours[kind].items():
+                    other = expected[kind][parameter]
                     error = (tensor - other).norm() / other.norm().clamp(min=1e-6)
-                    assert error < 2e-5, f"{parts}: {kind} of {name}: {error:.1e}"
+                    assert error < 2e-5, f"{parts}: {kind} of {parameter}: {error:.1e}"
         changed_parts = {
-            part_of(name.removeprefix("model."))
-            for name, tensor in expected["parameters"].items()
-            if not torch.equal(tensor, expected["initial"][name])
+            part_of(parameter.removeprefix("model."))
+            for parameter, tensor in expected["parameters"].items()
+            if not torch.equal(tensor, expected["initial"][parameter])
         }
         assert changed_parts == set(parts or ["language_model", "vision", "projector", "time_series"])
-        trained = {part_of(name.removeprefix("model.")) for name in expected["gradients"]}
+        trained = {part_of(parameter.removeprefix("model.")) for parameter in expected["gradients"]}
         assert trained == changed_parts
 
 
