@@ -41,7 +41,8 @@ class PositionConfig:
         fope_init_factor: FoPE: gain of the noise on the mixing matrices; 0 starts as RoPE on the kept frequencies.
         fope_separate_heads: FoPE: one mixing matrix per key/value head.
         fope_num_frequencies: FoPE: keep this many frequencies instead of following the rule.
-        fope_sin_pad: FoPE: value of the padded sine channels: 1 in released Intern-S1-Pro weights, 0 for new models.
+        fope_sin_pad: FoPE: value of the padded sine channels: 1 as in the released code of Intern-S1-Pro, which can read
+            nothing else; 0 leaves them unrotated.
         fope_seed: FoPE: seed of the mixing matrices (the same on every rank).
         fope_trainable: FoPE: train the mixing matrices.
     """
@@ -52,7 +53,7 @@ class PositionConfig:
     fope_init_factor: float = 0.5
     fope_separate_heads: bool = True
     fope_num_frequencies: int | None = None
-    fope_sin_pad: float = 0.0
+    fope_sin_pad: float = 1.0
     fope_seed: int = 123
     fope_trainable: bool = False
 

@@ -39,7 +39,7 @@ def tiny_s1_pro() -> LanguageModelConfig:
             num_groups=4,
             router_gradient="ste",
         ),
-        positions=PositionConfig(kind="fope", theta=1e4, max_position_embeddings=512, fope_sin_pad=1.0),
+        positions=PositionConfig(kind="fope", theta=1e4, max_position_embeddings=512),
     )
 
 
@@ -48,7 +48,7 @@ def small_50m() -> LanguageModelConfig:
     return LanguageModelConfig(
         vocab_size=32000, hidden_size=384, num_layers=8, num_heads=6, num_kv_heads=2, head_dim=64,
         moe=MoEConfig(32, 8, 128, router="grouped", num_groups=8, router_gradient="ste"),
-        positions=PositionConfig(kind="fope", theta=1e4, max_position_embeddings=4096, fope_sin_pad=1.0),
+        positions=PositionConfig(kind="fope", theta=1e4, max_position_embeddings=4096),
         tie_word_embeddings=True,
     )  # fmt: skip
 
@@ -58,7 +58,7 @@ def s1_pro_1b() -> LanguageModelConfig:
     return LanguageModelConfig(
         vocab_size=155008, hidden_size=1024, num_layers=24, num_heads=16, num_kv_heads=4, head_dim=64,
         moe=MoEConfig(64, 8, 256, router="grouped", num_groups=8, router_gradient="ste"),
-        positions=PositionConfig(kind="fope", theta=1e6, max_position_embeddings=32768, fope_sin_pad=1.0),
+        positions=PositionConfig(kind="fope", theta=1e6, max_position_embeddings=32768),
     )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def intern_s1_pro() -> LanguageModelConfig:
         intern_s1(),
         vocab_size=155008,
         moe=MoEConfig(512, 8, 1536, router="grouped", num_groups=8, router_gradient="ste"),
-        positions=PositionConfig(kind="fope", theta=5e6, max_position_embeddings=262144, fope_sin_pad=1.0),
+        positions=PositionConfig(kind="fope", theta=5e6, max_position_embeddings=262144),
     )
 
 
