@@ -112,6 +112,10 @@ def test_a_loader_continues_with_the_next_pairs_and_the_same_changes(path):
     for (_, expected), got in zip(batches[2:], resumed.train_dataloader(), strict=False):
         torch.testing.assert_close(got.media["image"].values, expected.media["image"].values, rtol=0, atol=0)
         assert torch.equal(got.input_ids, expected.input_ids)
+    shares = [module(path, 2, rank, **options).train_dataloader() for rank in range(2)]
+    for (_, expected), *parts in zip(batches, *shares, strict=False):
+        values = torch.cat([part.media["image"].values for part in parts])
+        torch.testing.assert_close(values, expected.media["image"].values, rtol=0, atol=0)
     with pytest.raises(ValueError, match="transform"):
         module(path, seed=9).load_state_dict(half.state_dict())
 
