@@ -97,6 +97,29 @@ def test_oreal(case: str) -> None:
     check(OREAL[case], figure, policy.PolicyInputs.from_fields(flat, ids), flat["logp"], flat["entropy"], back)
 
 
+def test_token_reward_model_of_oreal() -> None:
+    flat, ids, mask, back = data()
+    inputs, objective = policy.PolicyInputs.from_fields(flat, ids), policy.TokenRewardLoss()
+    scores = torch.nan_to_num(flat["token_rewards"]).requires_grad_()
+    prepared = objective.prepare(inputs)
+    loss, metrics = objective(scores, prepared)
+    loss.mean.backward()
+    assert loss.mean.item() == pytest.approx(batches.figures()["oreal"]["threshold"]["reward_model_loss"], rel=1e-6)
+    w, right = (
+        back(torch.nan_to_num(flat["token_rewards"])).double(),
+        torch.tensor(batches.figures()["data"]["rewards"]) > 0,
+    )
+    mean = torch.where(mask, w, 0).sum(1) / mask.sum(1)
+    expected = (mean.sigmoid() - right.double())[:, None] * mask / mask.sum(1, keepdim=True) / 6
+    torch.testing.assert_close(back(scores.grad), expected.float(), rtol=1e-5, atol=1e-7)
+    hits = ((mean > 0) == right).double() @ mask.sum(1).double() / mask.sum()
+    assert metrics["token_reward_accuracy"].mean.item() == pytest.approx(hits.item())
+    halves = [objective(w, part)[0] for w, part in zip(scores.split([18, 39]), prepared.split([18, 39]))]
+    assert (halves[0].sum + halves[1].sum).item() == pytest.approx(loss.sum.item(), rel=1e-6)
+    with pytest.raises(ValueError, match="TokenRewardLoss needs every sample whole"):
+        objective(scores[:25], prepared.split([25, 32])[0])
+
+
 @pytest.mark.parametrize("name", ["k1", "k2", "k3", "abs", "k1+", "k3+"])
 def test_kl_estimators(name) -> None:
     rows = {key: torch.tensor(value) for key, value in batches.figures()["data"].items()}

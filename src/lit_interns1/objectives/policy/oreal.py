@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from lit_interns1.nn.head import TokenScores
 from lit_interns1.objectives.policy.advantages import AdvantageEstimator, LeaveOneOut
@@ -26,11 +27,14 @@ from lit_interns1.objectives.policy.kl import KLType, check_kl_type, kl_estimate
 from lit_interns1.objectives.policy.objective import (
     Metrics,
     PolicyObjective,
+    WeightedTokenLoss,
+    aggregation_weights,
     check_choice,
     check_number,
     masked_metric,
     safe_ratio,
 )  # fmt: skip
+from lit_interns1.training.summed_loss import SummedLoss
 
 Credit = Literal["token_rm", "none"]
 Rescale = Literal["threshold", "topk"]
@@ -216,3 +220,43 @@ class OREAL(PolicyObjective):
             values["kl"] = kl_estimate(logp_T, inputs.value("ref_logprobs"), self.kl_type)
             metrics["kl"] = masked_metric(values["kl"], mask_T)
         return values, metrics
+
+
+class TokenRewardLoss(WeightedTokenLoss):
+    """What trains the token reward model: cross-entropy of the mean score of a response (Eq. 12 of the paper).
+
+    L = mean over responses of BCE(σ(mean_t w_t), 1[R > 0])
+    """
+
+    requires = frozenset({"rewards"})
+
+    def term_weights(
+        self, inputs: PolicyInputs, totals: Mapping[str, Tensor], process_group: dist.ProcessGroup | None
+    ) -> dict[str, Tensor]:
+        """The mean over responses, spread over their tokens."""
+        return {"token_reward": aggregation_weights(inputs, "seq-mean-token-mean", totals, None)}
+
+    def __call__(self, token_rewards_T: Tensor, inputs: PolicyInputs) -> tuple[SummedLoss, Metrics]:
+        """The loss of one micro-batch.
+
+        Args:
+            token_rewards_T: (T,) scores w with gradient, at the positions of the labels.
+            inputs: The part of the prepared inputs that belongs to it; whole samples.
+
+        Returns:
+            The loss, and metrics: `loss/token_reward`, `token_reward_accuracy` (a response counts by its tokens).
+
+        Raises:
+            ValueError: If shapes do not fit, a vector is missing or a sample is cut.
+        """
+        if token_rewards_T.shape != inputs.sample_ids.shape:
+            raise ValueError(
+                f"token rewards {tuple(token_rewards_T.shape)} for inputs of {tuple(inputs.sample_ids.shape)} tokens"
+            )
+        inputs.require(self.requires, "TokenRewardLoss")
+        inputs.check_whole_samples("TokenRewardLoss")
+        right_T = inputs.value("rewards") > 0
+        mean_T = inputs.to_tokens(inputs.sample_means(token_rewards_T))
+        value_T = F.binary_cross_entropy_with_logits(mean_T, right_T.to(mean_T.dtype), reduction="none")
+        metrics = {"token_reward_accuracy": masked_metric((mean_T > 0) == right_T, inputs.response_mask)}
+        return self.weighted_sum({"token_reward": value_T}, inputs, metrics), metrics

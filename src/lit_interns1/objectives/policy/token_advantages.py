@@ -105,8 +105,8 @@ class DiscountedReturns:
 
     def __call__(self, inputs: PolicyInputs, process_group: dist.ProcessGroup | None = None) -> PolicyInputs:
         """A copy with `advantages` and `returns`; `inputs` is the whole rollout batch of this rank."""
-        reward_SL, is_token_SL = inputs.to_rows(rewards_with_kl(inputs, self.beta, self.kl_type))
-        returns_T = inputs.from_rows(_discounted(reward_SL, is_token_SL, self.gamma))
+        reward_SL, _ = inputs.to_rows(rewards_with_kl(inputs, self.beta, self.kl_type))
+        returns_T = inputs.from_rows(_discounted(reward_SL, self.gamma))
         advantages_T = whiten(returns_T, inputs.response_mask, process_group)
         return inputs.changed(returns=returns_T, advantages=advantages_T)
 
@@ -147,21 +147,21 @@ class GeneralizedAdvantages:
         """A copy with `advantages` and `returns` = A + V; `inputs` is the whole rollout batch of this rank."""
         reward_T = rewards_with_kl(inputs, self.beta, self.kl_type)
         value_T = torch.zeros_like(reward_T) if inputs.values is None else inputs.values.float()
-        reward_SL, is_token_SL = inputs.to_rows(reward_T)
+        reward_SL, _ = inputs.to_rows(reward_T)
         value_SL, _ = inputs.to_rows(value_T)
         next_SL = torch.cat([value_SL[:, 1:], torch.zeros_like(value_SL[:, :1])], dim=1)
         delta_SL = reward_SL + self.gamma * next_SL - value_SL
-        advantages_T = inputs.from_rows(_discounted(delta_SL, is_token_SL, self.gamma * self.lam))
+        advantages_T = inputs.from_rows(_discounted(delta_SL, self.gamma * self.lam))
         returns_T = advantages_T + torch.where(inputs.response_mask, value_T, 0.0)
         if self.whiten:
             advantages_T = whiten(advantages_T, inputs.response_mask, process_group)
         return inputs.changed(returns=returns_T, advantages=advantages_T)
 
 
-def _discounted(value_SL: Tensor, is_token_SL: Tensor, factor: float) -> Tensor:
-    """x_t + f · (x_{t+1} + f · …) along each row."""
+def _discounted(value_SL: Tensor, factor: float) -> Tensor:
+    """x_t + f · (x_{t+1} + f · …) along each row, which is 0 behind its end."""
     running_S, steps = value_SL.new_zeros(len(value_SL)), []
-    for value_S, is_token_S in zip(reversed(value_SL.unbind(1)), reversed(is_token_SL.unbind(1)), strict=True):
-        running_S = torch.where(is_token_S, value_S + factor * running_S, running_S)
+    for value_S in reversed(value_SL.unbind(1)):
+        running_S = value_S + factor * running_S
         steps.append(running_S)
     return torch.stack(steps[::-1], dim=1) if steps else value_SL
