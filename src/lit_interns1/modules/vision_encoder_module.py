@@ -135,7 +135,7 @@ class VisionEncoderModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compares vocabulary and patches of the data with the model's, and refuses accumulation."""
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "check_vocabulary"):
             data.check_vocabulary(self.config.text.vocab_size)
         if hasattr(data, "check_vision"):
