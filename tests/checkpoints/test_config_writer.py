@@ -54,7 +54,7 @@ def experts(draw, layout):
         intermediate_size=draw(SIZES),
         router="grouped" if groups > 1 else "topk",
         num_groups=groups,
-        normalize_weights=layout == "qwen3_vl_moe" or draw(st.booleans()),
+        normalize_weights=layout in ("qwen3_vl_moe", "mixtral") or draw(st.booleans()),
         router_gradient="ste" if layout == "interns1_pro" else "topk",
     )
 
@@ -66,7 +66,7 @@ def configs(draw, name):
     kind = draw(st.sampled_from(kinds))
     sparse = kind not in ("llama", "qwen3")
     layers, kv_heads, head_dim = draw(SIZES), draw(st.integers(1, 3)), 2 * draw(st.integers(1, 40))
-    dense = tuple(sorted(draw(st.sets(st.integers(0, layers - 1))))) if sparse else ()
+    dense = tuple(sorted(draw(st.sets(st.integers(0, layers - 1))))) if sparse and kind != "mixtral" else ()
     return LanguageModelConfig(
         vocab_size=draw(SIZES),
         hidden_size=draw(SIZES),
@@ -78,7 +78,7 @@ def configs(draw, name):
         moe=draw(experts(name)) if sparse else None,
         dense_layers=dense,
         positions=draw(positions(head_dim, name == "interns1_pro")),
-        qk_norm=kind != "llama",
+        qk_norm=kind not in ("llama", "mixtral"),
         rms_norm_eps=draw(st.floats(1e-12, 1e-2)),
         tie_word_embeddings=draw(st.booleans()),
         initializer_range=draw(st.floats(0, 1)),

@@ -22,13 +22,15 @@ CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
 }
+MORE = {"qwen3_moe": SPARSE, "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}}
 
 
 def reference(kind, **changes):
     torch.manual_seed(1)
     config, model = CLASSES[kind]
-    return model(config(**{**SHAPE, **(SPARSE if kind == "qwen3_moe" else {}), **changes})).eval()
+    return model(config(**{**SHAPE, **MORE.get(kind, {}), **changes})).eval()
 
 
 def relative(ours, theirs):
@@ -47,6 +49,7 @@ def stored(folder):
         ("qwen3", {}),
         ("qwen3_moe", {}),
         ("qwen3_moe", {"mlp_only_layers": [0], "norm_topk_prob": False}),
+        ("mixtral", {}),
     ],
     ids=str,
 )

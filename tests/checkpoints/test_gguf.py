@@ -394,8 +394,12 @@ def test_files_are_exported_and_expanded_as_folders_are(tmp_path):
     assert sparse.config.moe.num_experts == 4
     torch.testing.assert_close(sparse(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
     llama = write_model(tmp_path / "b.gguf", random_model(CONFIG), "llama")
+    expand_weights(str(llama), str(tmp_path / "mixtral"), experts=4, experts_per_token=2)
+    sparse, dense = load_pretrained_model(tmp_path / "mixtral"), load_pretrained_model(llama)
+    torch.testing.assert_close(sparse(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+    biased = write_model(tmp_path / "c.gguf", random_model(CONFIGS["qwen2"]), "qwen2")
     with pytest.raises(WeightsError, match="layouts that can: none"):
-        expand_weights(str(llama), str(tmp_path / "never"), experts=4, experts_per_token=2)
+        expand_weights(str(biased), str(tmp_path / "never"), experts=4, experts_per_token=2)
 
 
 def test_a_run_starts_from_a_file(tmp_path):

@@ -32,6 +32,7 @@ CASES = [
     ("qwen3", DENSE, {}),
     ("qwen3_moe", SPARSE, {}),
     ("qwen3_moe", replace(SPARSE, moe=MoEConfig(8, 3, 20, normalize_weights=False)), {}),
+    ("mixtral", replace(SPARSE, qk_norm=False, dense_layers=(), intermediate_size=0), {}),
     ("internvl", SPARSE, {"vision_config": INTERN_VISION, "image_token_id": 95, "image_seq_length": 4}),
     ("internvl", DENSE, {"vision_config": INTERN_VISION, "image_token_id": 95, "image_seq_length": 4}),
     ("qwen3_vl_moe", SPARSE, {"vision_config": NATIVE_VISION, "image_token_id": 95, "video_token_id": 94}),
@@ -63,7 +64,8 @@ def test_transformers_builds_the_same_model(name, config, like, tmp_path):
     assert (text.rms_norm_eps, text.hidden_act) == (1e-5, "silu")
     if config.moe is not None:
         assert getattr(text, "norm_topk_prob", True) == config.moe.normalize_weights
-        assert (text.num_local_experts, text.num_experts_per_tok, text.mlp_only_layers) == (8, 3, [1])
+        assert (text.num_local_experts, text.num_experts_per_tok) == (8, 3)
+        assert getattr(text, "mlp_only_layers", []) == list(config.dense_layers)
     model = getattr(transformers, LAYOUTS[name].architecture)(theirs)
     model.save_pretrained(tmp_path / "written")
     with safe_open(tmp_path / "written" / "model.safetensors", "pt") as file:

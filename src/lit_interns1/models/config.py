@@ -41,7 +41,7 @@ class PositionConfig:
         fope_init_factor: FoPE: gain of the noise on the mixing matrices; 0 starts as RoPE on the kept frequencies.
         fope_separate_heads: FoPE: one mixing matrix per key/value head.
         fope_num_frequencies: FoPE: keep this many frequencies instead of following the rule.
-        fope_sin_pad: FoPE: value of the padded sine channels: 1 as in the released code of Intern-S1-Pro, which can read
+        fope_sin_pad: FoPE: value of the padded sine channels: 1 as in the released code of Intern-S1-Pro, which knows
             nothing else; 0 leaves them unrotated.
         fope_seed: FoPE: seed of the mixing matrices (the same on every rank).
         fope_trainable: FoPE: train the mixing matrices.

@@ -49,6 +49,15 @@ MOE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """The same for sparse layers."""
 
+_MIXTRAL_FIELDS = {**MOE_FIELDS, "num_experts": ("num_local_experts",), "intermediate_size": ("intermediate_size",)}
+_MOE_FIELDS_OF = {"mixtral": _MIXTRAL_FIELDS}
+
+
+def moe_fields(text_type: str) -> dict[str, tuple[str, ...]]:
+    """The fields of sparse layers in a text type."""
+    return _MOE_FIELDS_OF.get(text_type, MOE_FIELDS)
+
+
 ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -74,7 +83,8 @@ _NO_MEANING = frozenset((
     "max_window_layers", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
     "num_return_sequences", "output_attentions", "output_hidden_states", "output_router_logits", "output_scores",
     "pad_token_id", "prefix", "problem_type", "pruned_heads", "quantization_config", "remove_invalid_values",
-    "repetition_penalty", "return_dict", "return_dict_in_generate", "router_aux_loss_coef", "sep_token_id",
+    "repetition_penalty", "return_dict", "return_dict_in_generate", "router_aux_loss_coef", "router_jitter_noise",
+    "sep_token_id",
     "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
     "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
     "transformers_version", "typical_p", "use_bfloat16", "use_cache",
@@ -231,7 +241,8 @@ def _decoder(fields: ConfigFields, text_type: str, tied: bool) -> LanguageModelC
         step, listed = fields.get("decoder_sparse_step", default=1), fields.get("mlp_only_layers", default=[])
         dense_layers = tuple(i for i in range(layers) if i in listed or (i + 1) % step)
         moe = MoEConfig(
-            **{ours: fields.need(*theirs) for ours, theirs in MOE_FIELDS.items()}, **SPARSE_ROUTERS[text_type](fields)
+            **{ours: fields.need(*theirs) for ours, theirs in moe_fields(text_type).items()},
+            **SPARSE_ROUTERS[text_type](fields),
         )
     defaults = {
         "num_kv_heads": heads,
@@ -271,12 +282,13 @@ def _grouped(fields: ConfigFields) -> dict[str, Any]:
 
 SPARSE_ROUTERS = {
     "qwen3_moe": _top_k,
+    "mixtral": _always_normalized,
     "qwen3_vl_moe_text": _always_normalized,
     "interns1_pro_text": _grouped,
 }
 """How text types with sparse layers describe their router."""
 
-WITHOUT_QK_NORM = frozenset(("llama",))
+WITHOUT_QK_NORM = frozenset(("llama", "mixtral"))
 """Text types that do not normalise queries and keys."""
 
 RELEASED_SIN_PAD = 1.0

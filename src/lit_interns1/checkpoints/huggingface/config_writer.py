@@ -20,6 +20,7 @@ from lit_interns1.checkpoints.huggingface.config import (
     RUN_CHOICES,
     SPARSE_ROUTERS,
     WITHOUT_QK_NORM,
+    moe_fields,
     parse_pretrained_config,
 )
 from lit_interns1.checkpoints.huggingface.errors import WeightsError
@@ -32,13 +33,13 @@ from lit_interns1.nn.rotary import kept_frequencies
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 """Types of weights, as config.json spells them."""
 
-_TEXT_ONLY = ("llama", "qwen3", "qwen3_moe", "interns1_pro")
+_TEXT_ONLY = ("llama", "qwen3", "qwen3_moe", "mixtral", "interns1_pro")
 _ONE_SPELLING_OF_EXPERTS = frozenset(("interns1_pro_text",))
 _WITH_WINDOWS = frozenset(("qwen3", "qwen3_moe"))
 
 
 def default_layout(config: LanguageModelConfig) -> Layout:
-    """The plainest layout that can say what a network is: Llama, Qwen3, Qwen3-MoE, else Intern-S1-Pro.
+    """The plainest layout that can say what a network is: Llama, Qwen3, Qwen3-MoE, Mixtral, else Intern-S1-Pro.
 
     Raises:
         WeightsError: If none can, with what Intern-S1-Pro's would be read as.
@@ -203,6 +204,8 @@ def _text_values(config: LanguageModelConfig, text_type: str, like: Mapping[str,
 
 def _sparse_values(config: LanguageModelConfig, text_type: str, like: Mapping[str, Any]) -> dict[str, Any]:
     assert config.moe is not None
+    if text_type == "mixtral":  # every layer is sparse, and weights are always normalised
+        return {theirs[0]: getattr(config.moe, ours) for ours, theirs in moe_fields(text_type).items()}
     values: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}
     for ours, theirs in MOE_FIELDS.items():
         spellings = theirs[:1] if text_type in _ONE_SPELLING_OF_EXPERTS else theirs

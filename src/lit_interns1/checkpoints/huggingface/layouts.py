@@ -51,6 +51,11 @@ _STACKED, _STACKED_TRANSPOSED = (
 )
 _SPARSE = (_PER_EXPERT, _STACKED)
 """As published, and as transformers 5 holds it in memory."""
+_MIXTRAL = _LAYER + "block_sparse_moe."
+_MIXTRAL_EXPERTS = tuple(
+    (_EXPERTS + ours, Spelling(tuple(f"{_MIXTRAL}experts.{{expert}}.{key}.weight" for key in theirs)))
+    for ours, theirs in (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",)))
+)
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ def _decoder(
     prefixes: tuple[Prefixes, ...],
     experts: tuple[tuple[tuple[str, Spelling], ...], ...] = (),
     more: tuple[str, ...] = (),
+    router: str = _LAYER + "mlp.gate.weight",
 ) -> Part:
     """A decoder whose files may have any of the prefixes; the first is how it is written."""
 
@@ -136,7 +142,7 @@ def _decoder(
     rules = [Rule(name, spelled(Spelling((name,)))) for name in (*_SAME, *more)]
     rules.append(Rule("lm_head.weight", tuple(Spelling((p.head + "lm_head.weight",)) for p in prefixes)))
     if experts:
-        rules.append(Rule(_LAYER + "mlp.router.weight", spelled(Spelling((_LAYER + "mlp.gate.weight",)))))
+        rules.append(Rule(_LAYER + "mlp.router.weight", spelled(Spelling((router,)))))
         stacks: dict[str, tuple[Spelling, ...]] = {}
         for form in experts:
             for name, spelling in form:
@@ -262,6 +268,11 @@ LAYOUTS: dict[str, Layout] = {
         Layout("llama", "LlamaForCausalLM", _decoder(_PLAIN)),
         Layout("qwen3", "Qwen3ForCausalLM", _decoder(_PLAIN)),
         Layout("qwen3_moe", "Qwen3MoeForCausalLM", _decoder(_PLAIN, _SPARSE)),
+        Layout(
+            "mixtral",
+            "MixtralForCausalLM",
+            _decoder(_PLAIN, (_MIXTRAL_EXPERTS,), router=_MIXTRAL + "gate.weight"),
+        ),
         Layout(
             "interns1",
             "InternS1ForConditionalGeneration",
