@@ -8,7 +8,7 @@ from lit_interns1.objectives.policy.advantages import (
     LengthWeightedBaseline,
     PassAtK,
     soft_overlong_penalty,
-)  # fmt: skip
+)
 from lit_interns1.objectives.policy.clipped import (
     CISPO,
     DAPO,
@@ -19,7 +19,7 @@ from lit_interns1.objectives.policy.clipped import (
     DrGRPO,
     RatioObjective,
     ReinforcePlusPlus,
-)  # fmt: skip
+)
 from lit_interns1.objectives.policy.corrections import RolloutCorrection, mismatch_metrics, off_policy_sequence_mask
 from lit_interns1.objectives.policy.entropy_control import ClipCov, KLCov
 from lit_interns1.objectives.policy.inputs import PolicyInputs
@@ -33,7 +33,7 @@ from lit_interns1.objectives.policy.token_advantages import (
     rewards_with_kl,
     sequence_kl,
     whiten,
-)  # fmt: skip
+)
 from lit_interns1.objectives.policy.value import ValueLoss
 
 __all__ = [
@@ -41,6 +41,6 @@ __all__ = [
     "GeneralizedAdvantages", "GroupAdvantages", "GroupNormalized", "InternS1", "InternS1Pro", "KLCov", "LeaveOneOut",
     "LengthWeightedBaseline", "OREAL", "PPO", "PassAtK", "PolicyInputs", "PolicyObjective", "RLOO", "RatioObjective",
     "ReinforcePlusPlus", "RolloutCorrection", "TokenRewardLoss", "ValueLoss", "WeightedTokenLoss", "credit_weights",
-    "kl_estimate", "mismatch_metrics", "off_policy_sequence_mask", "one_pair_per_group", "rewards_with_kl", "sequence_kl",
-    "soft_overlong_penalty", "whiten",
+    "kl_estimate", "mismatch_metrics", "off_policy_sequence_mask", "one_pair_per_group", "rewards_with_kl",
+    "sequence_kl", "soft_overlong_penalty", "whiten",
 ]  # fmt: skip

@@ -34,7 +34,7 @@ from lit_interns1.objectives.policy.objective import (
     check_choice,
     check_number,
     masked_metric,
-)  # fmt: skip
+)
 from lit_interns1.objectives.policy.token_advantages import DiscountedReturns, GeneralizedAdvantages
 
 Surrogate = Literal["clip", "cispo", "reinforce"]

@@ -27,7 +27,7 @@ from lit_interns1.objectives.policy.objective import (
     aggregation_weights,
     check_number,
     masked_metric,
-)  # fmt: skip
+)
 from lit_interns1.objectives.policy.oreal import OREAL
 
 

@@ -33,7 +33,7 @@ from lit_interns1.objectives.policy.objective import (
     check_number,
     masked_metric,
     safe_ratio,
-)  # fmt: skip
+)
 from lit_interns1.training.summed_loss import SummedLoss
 
 Credit = Literal["token_rm", "none"]

@@ -20,7 +20,7 @@ from lit_interns1.objectives.policy.objective import (
     check_choice,
     check_number,
     masked_metric,
-)  # fmt: skip
+)
 from lit_interns1.training.summed_loss import SummedLoss
 
 
