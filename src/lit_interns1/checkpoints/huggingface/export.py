@@ -34,6 +34,7 @@ from lit_interns1.checkpoints.huggingface.errors import WeightsError
 from lit_interns1.checkpoints.huggingface.export_plan import FP8, ExportPlan, LikeFolder, WrittenPiece, plan_export
 from lit_interns1.checkpoints.huggingface.files import CHECKSUMS, INDEX, SCALE_SUFFIX, Window
 from lit_interns1.checkpoints.huggingface.fp8_blocks import FP8Blocks, keep_unchanged, quantized, scale_window
+from lit_interns1.checkpoints.huggingface.opening import verify_share
 from lit_interns1.checkpoints.huggingface.safetensors_file import SafetensorsFile
 from lit_interns1.checkpoints.huggingface.safetensors_writer import SafetensorsWriter, blocks
 from lit_interns1.checkpoints.huggingface.sources import WeightSource, torch_type
@@ -127,6 +128,8 @@ def export_pretrained(
         windows = {name: source.windows(name) for name in source.tensors}
         _check_blocks(plan, windows)
         _check_free(final)
+        if like_folder is not None and plan.copied:
+            verify_share(like_folder.files)
         beside = _beside(like_folder, tokenizer, config)
     _check_cover(source, windows)
     total = sum(place.nbytes for place in plan.places.values())
