@@ -212,6 +212,19 @@ def test_the_official_intern_s1_pro_folder_comes_back(tmp_path, caplog):
     assert config_from_pretrained(tmp_path / "text") == config
 
 
+def test_encoders_are_not_copied_from_a_file_that_has_changed(tmp_path):
+    source, config = open_source(GOLDEN)
+    export_pretrained(source, config, tmp_path / "like", like=GOLDEN)
+    (file,) = (tmp_path / "like").glob("*.safetensors")
+    place = SafetensorsFile(file).tensors["model.visual.pos_embed.weight"]
+    with file.open("r+b") as stream:
+        stream.seek(place.start)
+        stream.write(b"\x7f")
+    with pytest.raises(WeightsError, match=r"model-00001-of-00001\.safetensors"):
+        export_pretrained(source, config, tmp_path / "out", like=tmp_path / "like")
+    assert not (tmp_path / "out").exists()
+
+
 def nested(tensors, body="model.language_model.", head=""):
     return {head + k if k.startswith("lm_head") else k.replace("model.", body, 1): v for k, v in tensors.items()}
 
