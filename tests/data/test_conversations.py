@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lit_interns1.data.bundled_conversations import labelled_arrays
 from lit_interns1.data.conversation_data_module import ConversationDataModule
 from lit_interns1.data.conversation_media import NativeVisuals, RandomAffine, TiledVisuals, image_size
 from lit_interns1.data.conversation_rows import ConversationFormat
@@ -501,14 +502,17 @@ def test_the_model_must_agree(folder):
 
 
 def test_bundled_sets():
-    for name, sizes, labels in (("digits", (4000, 1000), 10), ("vowels", (270, 370), 9)):
+    for name, sizes, classes in (("digits", (4000, 1000), 10), ("vowels", (270, 370), 9)):
         seen = []
         for part, size in zip(("train", "test"), sizes, strict=True):
-            conversations = ConversationSource(f"bundled:{name}/{part}").open()
-            assert len(conversations) == size
-            every = [conversations.read(i) for i in range(size)]
-            seen.append({c.messages[0].parts[0].value.tobytes() for c in every})
-            assert len({c.messages[1].parts[0].value for c in every}) == labels
+            path = f"bundled:{name}/{part}"
+            values, labels = labelled_arrays(path)
+            assert len(values) == len(labels) == len(ConversationSource(path).open()) == size
+            assert len(set(labels.tolist())) == classes
+            seen.append({value.tobytes() for value in values})
+            asked, answered = ConversationSource(path).open().read(7).messages
+            assert np.array_equal(asked.parts[0].value, values[7])
+            assert answered.parts[0].value == str(labels[7])
         assert not seen[0] & seen[1]
 
 
