@@ -80,7 +80,7 @@ def run(tmp_path_factory):
         BatchSizeScheduler(TabulatedBatch([(0, 4), (5 * 4 * 48, 8)]), unit="rows"),
         CapabilitySalienceValidation(salience_file(folder)),
         GradientNoiseScale(every_n_steps=1),
-        LearningRateSearch(rates=[3e-3, 1e-2, 3e-2, 1e-1, 3e-1], steps=2, max_extensions=0),
+        LearningRateSearch(rates=[1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0], steps=2, max_extensions=0),
         SkipBadSteps(threshold=1e6),
         StabilityDiagnostics(every_n_steps=2),
     ]
