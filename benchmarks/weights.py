@@ -1,6 +1,6 @@
 """Memory and time of weights on their way in and out: a checkpoint of several GB in shards of at least 2 GB.
 
-    python benchmarks/weights.py --folder /tmp/weights [--layers 8] [--experts 64] [--repeats 3]
+    python benchmarks/weights.py --folder scratch/weights [--layers 8] [--experts 64] [--repeats 3]
 
 Memory: each conversion runs in a fresh process. The peak of its anonymous memory (RssAnon, sampled each 2 ms) above
 that of the process, and of its model if it has one, must stay below twice the largest tensor of the files + 256 MiB.
