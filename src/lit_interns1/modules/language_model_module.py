@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lit_interns1.callbacks import ExpertBiasUpdate, TokenClock, TokenExactLoss, TokenLearningRate
+from lit_interns1.callbacks import ExpertBiasUpdate
 from lit_interns1.checkpoints import CONFIG_KEY, MULTIMODAL_KEY, load_sharded, read_checkpoint
 from lit_interns1.checkpoints.huggingface import (
     LoadedWeights,
@@ -29,16 +29,17 @@ from lit_interns1.data.packed_batch import PackedBatch
 from lit_interns1.models import LanguageModel, LanguageModelConfig, preset
 from lit_interns1.models.config import changed, config_from_dict, differing_fields
 from lit_interns1.models.language_model import LanguageModelOutput
+from lit_interns1.modules.counted_module import CountedModule
 from lit_interns1.nn.head import TokenScores
 from lit_interns1.nn.initialization import materialize
 from lit_interns1.nn.moe import BalanceLoss
 from lit_interns1.objectives import NextTokenCrossEntropy
 from lit_interns1.objectives.token_loss_metric import GroupedTokenLoss
-from lit_interns1.optim import TokenSchedule, weight_decay_groups
+from lit_interns1.optim import TokenSchedule
 from lit_interns1.training import SummedLoss, WindowMeans, token_weight
 
 
-class LanguageModelModule(LightningModule):
+class LanguageModelModule(CountedModule):
     """Trains a `LanguageModel` on packed batches.
 
     Args:
@@ -81,7 +82,7 @@ class LanguageModelModule(LightningModule):
         decay_embeddings: bool = True,
         init_weights: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, schedule, decay_embeddings, seed)
         if changes and isinstance(config, LanguageModelConfig):
             raise ValueError(f"changes = {changes} are for presets and folders; write them into the config itself")
         self.init_weights, self._config_is_theirs = init_weights, config is None and init_weights is not None
@@ -90,25 +91,15 @@ class LanguageModelModule(LightningModule):
         elif not isinstance(config, LanguageModelConfig):
             config = preset(config or "tiny-s1-pro")
         self.config = changed(config, changes or {})
-        self.make_optimizer, self.schedule, self.seed = optimizer, schedule, seed
         self.objective = objective or NextTokenCrossEntropy()
         self.balance = balance or BalanceLoss()
-        self.decay_embeddings = decay_embeddings
         self._means = WindowMeans()
         self.validation_loss = GroupedTokenLoss()
         self.source_names: list[str] = []
 
     # -- building ----------------------------------------------------------------------------------------------------
 
-    def configure_model(self) -> None:
-        """Builds the network on the meta device, and fills it unless the strategy divides it first."""
-        if not hasattr(self, "model"):
-            with torch.device("meta"):
-                self.model = self.build_model()
-            if self._trainer is None or not getattr(self._trainer.strategy, "shards_modules", False):
-                self.materialize("cpu")
-
-    def build_model(self) -> Any:
+    def build_model(self) -> nn.Module:
         """The network that the config describes; on the meta device, if that is the default."""
         return LanguageModel(self.config)
 
@@ -125,19 +116,10 @@ class LanguageModelModule(LightningModule):
         else:
             materialize(self.model, device=device, seed=self.seed, std=self.config.initializer_range)
 
-    def configure_optimizers(self) -> Optimizer:
-        """The optimizer over parameter groups with and without decay."""
-        return self.make_optimizer(weight_decay_groups(self.model, self.decay_embeddings))
-
-    def configure_callbacks(self) -> list[Callback]:
-        """The clock, exact losses, the schedule and the bias of sigmoid routers, unless the Trainer has its own."""
-        present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        wanted: list[Callback] = [TokenClock(), TokenExactLoss()]
-        if self.schedule is not None:
-            wanted.append(TokenLearningRate(self.schedule))
-        if self.config.moe is not None and self.config.moe.router == "sigmoid":
-            wanted.append(ExpertBiasUpdate())
-        return [callback for callback in wanted if type(callback) not in present]
+    def wanted_callbacks(self) -> list[Callback]:
+        """Also the bias of sigmoid routers."""
+        sigmoid = self.config.moe is not None and self.config.moe.router == "sigmoid"
+        return [*super().wanted_callbacks(), *([ExpertBiasUpdate()] if sigmoid else [])]
 
     def setup(self, stage: str) -> None:
         """Checks the vocabulary of the data against the model's, and takes the names of its sources."""

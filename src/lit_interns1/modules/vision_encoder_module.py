@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from lit_interns1.callbacks import TokenClock, TokenExactLoss, TokenLearningRate
 from lit_interns1.checkpoints import load_sharded, read_checkpoint
 from lit_interns1.checkpoints.whole import load_whole_weights
 from lit_interns1.data.packed_batch import PackedBatch
@@ -29,11 +27,12 @@ from lit_interns1.models.image_text import ImageTextConfig, ImageTextEmbeddings,
 from lit_interns1.models.multimodal_presets import multimodal_preset
 from lit_interns1.models.text_encoder import TextEncoderConfig
 from lit_interns1.models.vision import VisionConfig, VisionEncoder
+from lit_interns1.modules.counted_module import CountedModule
 from lit_interns1.nn.initialization import materialize
 from lit_interns1.nn.media import MediaItems
 from lit_interns1.objectives.contrastive import ContrastiveLoss, SigmoidContrastiveLoss
 from lit_interns1.objectives.retrieval_metric import PairRetrieval
-from lit_interns1.optim import TokenSchedule, weight_decay_groups
+from lit_interns1.optim import TokenSchedule
 from lit_interns1.strategies.parallelize import local
 from lit_interns1.training import SummedLoss, WindowMeans
 
@@ -41,7 +40,7 @@ IMAGE_TEXT_KEY = "image_text_config"
 """Where a checkpoint holds the config of an `ImageTextModel`, as plain values."""
 
 
-class VisionEncoderModule(LightningModule):
+class VisionEncoderModule(CountedModule):
     """Trains an `ImageTextModel` on packed captions with one image each.
 
     Args:
@@ -86,7 +85,7 @@ class VisionEncoderModule(LightningModule):
         seed: int = 0,
         decay_embeddings: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, schedule, decay_embeddings, seed)
         if isinstance(vision, str):
             named = multimodal_preset(vision).vision
             assert named is not None
@@ -101,37 +100,19 @@ class VisionEncoderModule(LightningModule):
             self.loss.initial_bias, self.loss.max_scale,
         )  # fmt: skip
         self.pairs_per_pass = pairs_per_pass
-        self.make_optimizer, self.schedule, self.seed = optimizer, schedule, seed
-        self.decay_embeddings = decay_embeddings
         self.retrieval = PairRetrieval()
         self._means = WindowMeans()
         self._scale_bias: tuple[Tensor, Tensor | None] | None = None
 
     # -- building ----------------------------------------------------------------------------------------------------
 
-    def configure_model(self) -> None:
-        """Builds the network on the meta device, and fills it unless the strategy divides it first."""
-        if not hasattr(self, "model"):
-            with torch.device("meta"):
-                self.model = ImageTextModel(self.config)
-            if self._trainer is None or not getattr(self._trainer.strategy, "shards_modules", False):
-                self.materialize("cpu")
+    def build_model(self) -> nn.Module:
+        """Image encoder and text tower; on the meta device, if that is the default."""
+        return ImageTextModel(self.config)
 
     def materialize(self, device: torch.device | str) -> None:
         """Fills in the initial weights; they do not depend on how the model is divided."""
         materialize(self.model, device=device, seed=self.seed, std=self.config.vision.initializer_range)
-
-    def configure_optimizers(self) -> Optimizer:
-        """The optimizer over parameter groups with and without decay."""
-        return self.make_optimizer(weight_decay_groups(self.model, self.decay_embeddings))
-
-    def configure_callbacks(self) -> list[Callback]:
-        """The clock, exact losses and the schedule, unless the Trainer has its own."""
-        present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        wanted: list[Callback] = [TokenClock(), TokenExactLoss()]
-        if self.schedule is not None:
-            wanted.append(TokenLearningRate(self.schedule))
-        return [callback for callback in wanted if type(callback) not in present]
 
     def setup(self, stage: str) -> None:
         """Compares vocabulary and patches of the data with the model's, and refuses accumulation."""

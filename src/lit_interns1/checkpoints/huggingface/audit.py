@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lit_interns1.checkpoints.huggingface.errors import Problem, ProblemKind, WeightsError
+from lit_interns1.checkpoints.huggingface.errors import Problem, ProblemKind, WeightsError, counted
 from lit_interns1.checkpoints.huggingface.files import SCALE_SUFFIX, SCALE_TYPES, WEIGHT_TYPES, WeightFiles
 from lit_interns1.checkpoints.huggingface.layouts import Layout
 from lit_interns1.checkpoints.huggingface.rules import Piece, Spelling, pieces
@@ -71,10 +71,9 @@ def plan_weights(model: nn.Module, files: WeightFiles, layout: Layout) -> Weight
     audit.check_scales()
     elsewhere = audit.count_elsewhere(tensors)
     if audit.problems:
-        counts = Counter(problem.kind for problem in audit.problems)
-        summary = ", ".join(f"{count} {kind}" for kind, count in counts.items())
         raise WeightsError(
-            f"{files.folder} (layout {layout.name}) does not fit the model: {summary}; nothing was read:",
+            f"{files.folder} (layout {layout.name}) does not fit the model: {counted(audit.problems)}; nothing was "
+            "read:",
             audit.problems,
         )
     return WeightPlan(tuple(source for source in sources if source is not None), elsewhere)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -46,3 +47,9 @@ def _table(problems: Sequence[Problem]) -> list[str]:
     kinds, keys = (max(len(text) for text in column) for column in zip(*((p.kind, p.key) for p in shown), strict=True))
     lines = [f"  {p.kind:<{kinds}}  {p.key:<{keys}}  {p.detail}" for p in shown]
     return lines if len(problems) <= _SHOWN else [*lines, f"  … and {len(problems) - _SHOWN} more"]
+
+
+def counted(problems: Sequence[Problem]) -> str:
+    """How many problems of each kind there are, in words."""
+    counts = Counter(problem.kind for problem in problems)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())

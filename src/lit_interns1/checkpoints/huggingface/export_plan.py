@@ -21,7 +21,7 @@ import torch
 from lit_interns1.checkpoints.huggingface.audit import saved_tensors
 from lit_interns1.checkpoints.huggingface.config import CONFIG_FILE, read_pretrained_config
 from lit_interns1.checkpoints.huggingface.encoder_config import NetworkConfig, layout_of, network
-from lit_interns1.checkpoints.huggingface.errors import Problem, WeightsError
+from lit_interns1.checkpoints.huggingface.errors import Problem, WeightsError, counted
 from lit_interns1.checkpoints.huggingface.files import SCALE_SUFFIX, WeightFiles
 from lit_interns1.checkpoints.huggingface.json_file import read_json
 from lit_interns1.checkpoints.huggingface.layouts import LAYOUTS, Layout
@@ -163,10 +163,9 @@ class _Planner:
                     shapes[piece.key + SCALE_SUFFIX] = _scale_shape(piece.file_shape), self._scale_type(piece.key)
         copied = self._copied(shapes)
         if self.problems:
-            counts = Counter(problem.kind for problem in self.problems)
-            summary = ", ".join(f"{count} {kind}" for kind, count in counts.items())
             raise WeightsError(
-                f"the weights cannot be written in the layout {self.layout.name}: {summary}; nothing was written:",
+                f"the weights cannot be written in the layout {self.layout.name}: {counted(self.problems)}; nothing "
+                "was written:",
                 self.problems,
             )
         quantization = self._quantization(shapes)
