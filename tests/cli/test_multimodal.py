@@ -78,6 +78,16 @@ def test_signals_train_and_answer(tmp_path, capsys):
     assert "has no vision encoder; it takes text, time_series" in error
 
 
+@pytest.mark.parametrize(("name", "encoder"), [("science-pictures", "vision"), ("molecules", None)])
+def test_pictures_and_molecules_train(tmp_path, name, encoder):
+    few = [] if encoder else ["--data.sources=[bundled:molecule-questions/test]"]  # quicker to render
+    cli = fit(tmp_path / "run", name, options=["--clock.max_tokens=400", *few])
+    assert cli.trainer.global_step >= 2
+    assert 0 <= float(cli.trainer.callback_metrics["val/accuracy"]) <= 1
+    assert (cli.model.model.config.vision is None) == (encoder is None)
+    assert cli.model.model.config.time_series is None
+
+
 def test_questions_about_images(digits, tmp_path, capsys):
     folder, _ = digits
     for number in range(2):

@@ -169,8 +169,8 @@ class ConversationSource:
     """One named source of conversations.
 
     Attributes:
-        path: A `.jsonl` file, or a bundled set: `bundled:digits/train`, `bundled:digits/test`, the same of `vowels` and
-            of `digit-pairs`.
+        path: A `.jsonl` file, or a bundled set: `bundled:digits/train`, `bundled:digits/test`, the same of `vowels`,
+            `digit-pairs`, `science-pictures` and `molecule-questions`.
         weight: Share of the training rows; as for `TextSource`.
         name: Name in metrics; by default made of the path.
         media_root: The folder in which all media lie and to which their paths are relative; by default that of the
