@@ -46,6 +46,9 @@ def test_pictures_and_labels(part):
     red, green, blue = images[labels == "eye fundus"].mean(axis=(1, 2)).T
     assert (red > green + 20).all()
     assert (red > blue + 60).all()
+    wall = images[labels == "brick wall"][..., 0].astype(float)
+    across, down = (np.abs(np.diff(wall, axis=axis)).mean() for axis in (2, 1))
+    assert across / down == pytest.approx(2.45, abs=0.3)  # of the whole picture: its courses stand upright
     grey = np.isin(labels, ["microscopy", "grass", "gravel", "brick wall"])
     assert np.array_equal((images == images[..., :1]).all(axis=(1, 2, 3)), grey)
 
@@ -65,7 +68,7 @@ def test_training_and_test_pictures_share_no_region():
     found = windows(test)
     assert len(found) > 40_000
     assert not np.isin(found, windows(train)).any()
-    assert np.isin(found[:1], windows(np.roll(test, 3, axis=1))).any()  # a shifted copy is found
+    assert np.isin(windows(np.roll(test, 3, axis=1)), found).mean() > 0.7  # shifted copies are found
 
 
 def test_molecule_answers_are_those_of_rdkit():
