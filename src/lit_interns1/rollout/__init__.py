@@ -1,0 +1,9 @@
+"""Rollouts: engines that generate samples, judges that reward them, and the data module of reinforcement learning."""
+
+from lit_interns1.rollout.engine import EngineCapabilities, EngineError, RolloutEngine
+from lit_interns1.rollout.samples import GenerationRequest, Prompt, Sample, SamplingOptions, ScoredSample
+
+__all__ = [
+    "EngineCapabilities", "EngineError", "GenerationRequest", "Prompt", "RolloutEngine", "Sample", "SamplingOptions",
+    "ScoredSample",
+]  # fmt: skip
