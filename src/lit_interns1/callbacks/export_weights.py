@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_interns1.checkpoints import ExportedWeights, ModelSource, export_pretrained
 from lit_interns1.models import LanguageModel
+from lit_interns1.models.trained_parts import parts_of_type
 
 
 class ExportWeights(Callback):
@@ -85,7 +86,7 @@ class ExportWeights(Callback):
         return folder if step is None else folder.with_name(f"{folder.name}-step-{step}")
 
     def _export(self, trainer: Trainer, pl_module: LightningModule, folder: Path, dry_run: bool = False) -> None:
-        model = next((module for module in pl_module.modules() if isinstance(module, LanguageModel)), None)
+        model = next(iter(parts_of_type(pl_module, LanguageModel)), None)
         if model is None:
             raise ValueError(f"ExportWeights: {type(pl_module).__name__} holds no LanguageModel")
         tokenizer = Path(trainer.default_root_dir) / "tokenizer.json"

@@ -41,6 +41,9 @@ class CountedModule(LightningModule):
         """The network that the config describes; on the meta device, if that is the default."""
         raise NotImplementedError
 
+    def build_beside(self) -> None:
+        """Builds further networks, if the module has some; on the meta device, if that is the default."""
+
     def materialize(self, device: torch.device | str) -> None:
         """Fills in the initial weights; they do not depend on how the model is divided."""
         raise NotImplementedError
@@ -50,6 +53,7 @@ class CountedModule(LightningModule):
         if not hasattr(self, "model"):
             with torch.device("meta"):
                 self.model: Any = self.build_model()
+                self.build_beside()
             if self._trainer is None or not getattr(self._trainer.strategy, "shards_modules", False):
                 self.materialize("cpu")
 

@@ -20,16 +20,16 @@ from lit_interns1.checkpoints import CONFIG_KEY, MULTIMODAL_KEY, load_sharded, r
 from lit_interns1.checkpoints.huggingface import (
     LoadedWeights,
     WeightsError,
-    config_from_pretrained,
     is_pretrained_folder,
     load_pretrained_model,
-    load_pretrained_weights,
 )
 from lit_interns1.data.packed_batch import PackedBatch
 from lit_interns1.models import LanguageModel, LanguageModelConfig, preset
 from lit_interns1.models.config import changed, config_from_dict, differing_fields
 from lit_interns1.models.language_model import LanguageModelOutput
 from lit_interns1.modules.counted_module import CountedModule
+from lit_interns1.modules.frozen_reference import packed_inputs
+from lit_interns1.modules.initial_weights import config_of_weights, load_weights
 from lit_interns1.nn.head import TokenScores
 from lit_interns1.nn.initialization import materialize
 from lit_interns1.nn.moe import BalanceLoss
@@ -52,9 +52,9 @@ class LanguageModelModule(CountedModule):
         balance: Balance and z losses of the routers.
         seed: Seed of the initial weights.
         decay_embeddings: Also apply weight decay to the embedding.
-        init_weights: A Hugging Face folder (config.json and safetensors files), or a GGUF file, to start from instead
-            of random weights. A `config` that is given as well must describe the same network. A checkpoint that is
-            loaded goes over it.
+        init_weights: What to start from instead of random weights: a Hugging Face folder (config.json and safetensors
+            files), a GGUF file, or a checkpoint of an earlier run, of which only the weights are taken. A `config` that
+            is given as well must describe the same network. A checkpoint that is loaded (`ckpt_path`) goes over it.
 
     Logs `train/loss` (the objective per token over the optimizer step, without the routers' losses), `train/balance`,
     `train/router_z`, `train/tokens`, `optim/lr`, `val/loss`, and `val/loss/{source}` if batches carry `source_id`.
@@ -87,7 +87,7 @@ class LanguageModelModule(CountedModule):
             raise ValueError(f"changes = {changes} are for presets and folders; write them into the config itself")
         self.init_weights, self._config_is_theirs = init_weights, config is None and init_weights is not None
         if self._config_is_theirs:
-            config = config_from_pretrained(str(init_weights))
+            config = config_of_weights(str(init_weights))
         elif not isinstance(config, LanguageModelConfig):
             config = preset(config or "tiny-s1-pro")
         self.config = changed(config, changes or {})
@@ -106,15 +106,29 @@ class LanguageModelModule(CountedModule):
     def materialize(self, device: torch.device | str) -> None:
         """Fills in the initial weights: those of `init_weights`, or random ones. They do not depend on how the model is
         divided."""
-        if self.init_weights is not None and not self.checkpoint_follows:
-            check = not self._config_is_theirs  # else it differs by what `changes` says, and by nothing else
-            try:
-                self.loaded_weights = load_pretrained_weights(self.model, self.init_weights, device, check)
-            except WeightsError:
-                del self.model  # without memory it cannot be moved, which Lightning would complain about instead
-                raise
-        else:
-            materialize(self.model, device=device, seed=self.seed, std=self.config.initializer_range)
+        try:
+            self.loaded_weights = self.fill(self.model, device)
+        except WeightsError:
+            del self.model  # without memory it cannot be moved, which Lightning would complain about instead
+            raise
+
+    def fill(self, model: nn.Module, device: torch.device | str, weights: str | None = None) -> LoadedWeights | None:
+        """Gives a network of this module's config its initial weights.
+
+        Args:
+            model: The network.
+            device: Where it goes from the meta device.
+            weights: Where they come from; default: from `init_weights`, or else random ones.
+
+        Returns:
+            What was read, if anything was.
+        """
+        found = weights or self.init_weights
+        if found is None or self.checkpoint_follows:
+            materialize(model, device=device, seed=self.seed, std=self.config.initializer_range)
+            return None
+        check = weights is not None or not self._config_is_theirs  # theirs differs by what `changes` says, if at all
+        return load_weights(model, found, device, check)
 
     def wanted_callbacks(self) -> list[Callback]:
         """Also the bias of sigmoid routers."""
@@ -133,11 +147,9 @@ class LanguageModelModule(CountedModule):
 
     def forward(self, batch: PackedBatch, targets: Tensor | None = None, **options: Any) -> LanguageModelOutput:
         """Runs the model on a packed batch; see `LanguageModel.forward` for targets and options."""
-        padded = batch.num_tokens < batch.input_ids.numel()
         return self.model(
-            batch.input_ids, position_ids=batch.position_ids, cu_seqlens=batch.cu_seqlens, targets=targets,
-            token_mask_T=batch.sample_id_T >= 0 if padded else None,
-            routed_experts_TLK=batch.token_fields.get("routed_experts"), **self.media_inputs(batch), **options,
+            targets=targets, routed_experts_TLK=batch.token_fields.get("routed_experts"),
+            **packed_inputs(batch), **self.media_inputs(batch), **options,
         )  # fmt: skip
 
     def media_inputs(self, batch: PackedBatch) -> dict[str, Any]:
