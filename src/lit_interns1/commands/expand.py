@@ -157,7 +157,7 @@ def what_changes(config: LanguageModelConfig, grown: ExpandedSource, expansion: 
     import torch
 
     from lit_interns1.models import LanguageModel
-    from lit_interns1.models.language_model import count_parameters
+    from lit_interns1.models import count_parameters
     from lit_interns1.training.units import with_unit
 
     yield from _differences(asdict(config), asdict(grown.config))

@@ -1,7 +1,6 @@
 """The decoder of Intern-S1 and Intern-S1-Pro (and of Qwen3, Qwen3-MoE and Llama, which share its shape).
 
-    x ← x + Attention(RMSNorm(x));   x ← x + FFN(RMSNorm(x));   logits = W_head RMSNorm(x_L)
-    FFN: SwiGLU, or routed SwiGLU experts
+    h = Decoder(ids);   logits = W_head h
 
 Tokens are flat (T of them, documents one behind the other), so padding is never computed and never routed.
 """
@@ -9,21 +8,17 @@ Tokens are flat (T of them, documents one behind the other), so padding is never
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lit_interns1.models.config import LanguageModelConfig
-from lit_interns1.nn.attention import GroupedQueryAttention
-from lit_interns1.nn.document_attention import Attend, DocumentAttention, restarting_positions
-from lit_interns1.nn.feed_forward import SwiGLU
+from lit_interns1.models.decoder import Decoder
+from lit_interns1.nn.document_attention import Attend
 from lit_interns1.nn.head import GradientHint, LanguageModelHead, TokenScores
-from lit_interns1.nn.moe import ROUTERS, MoEFeedForward, RoutedExperts, Router, RouterStats, RoutingRecord
-from lit_interns1.nn.norm import RMSNorm
+from lit_interns1.nn.moe import RouterStats, RoutingRecord
 from lit_interns1.nn.parallel_plan import ParallelPlan
-from lit_interns1.nn.rotary import FourierRotaryEmbedding, RotaryEmbedding
 
 
 @dataclass
@@ -45,81 +40,7 @@ class LanguageModelOutput:
     routing: RoutingRecord | None
 
 
-def build_router(config: LanguageModelConfig) -> Router:
-    """The router that a config describes."""
-    assert config.moe is not None
-    moe = config.moe
-    router = ROUTERS[moe.router](
-        config.hidden_size, moe.num_experts, moe.experts_per_token, num_groups=moe.num_groups,
-        normalize_weights=moe.normalize_weights, scaling_factor=moe.scaling_factor, dtype=moe.router_dtype,
-        gradient=moe.router_gradient, ste_temperature=moe.ste_temperature, initializer_std=config.initializer_range,
-    )  # fmt: skip
-    return router.requires_grad_(not moe.freeze_router)
-
-
-class DecoderBlock(nn.Module):
-    """One layer.
-
-    Args:
-        config: Shape of the model.
-        layer: Index of the layer.
-    """
-
-    def __init__(self, config: LanguageModelConfig, layer: int) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = GroupedQueryAttention(
-            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim,
-            qk_norm=config.qk_norm, bias=config.attention_bias, rms_norm_eps=config.rms_norm_eps, layer=layer,
-        )  # fmt: skip
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp: MoEFeedForward | SwiGLU
-        if config.is_moe_layer(layer):
-            assert config.moe is not None
-            experts = RoutedExperts(
-                config.moe.num_experts, config.hidden_size, config.moe.intermediate_size,
-                backend=config.moe.expert_backend, initializer_std=config.initializer_range,
-            )  # fmt: skip
-            self.mlp = MoEFeedForward(build_router(config), experts)
-        else:
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-
-    def forward(
-        self,
-        x_TD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        attend: Attend,
-        replay: RoutingRecord | None = None,
-        record: RoutingRecord | None = None,
-        moe_layer: int = 0,
-        token_mask_T: Tensor | None = None,
-    ) -> tuple[Tensor, RouterStats | None]:
-        """(T, hidden) → (T, hidden) and the router's statistics (None in a dense layer).
-
-        Args:
-            x_TD: (T, hidden).
-            rotary: Cosine and sine of the positions.
-            attend: How tokens see one another.
-            replay: Expert ids to use.
-            record: Where the ids used are written; ids already there are replayed (that is a recomputation).
-            moe_layer: Index among the MoE layers.
-            token_mask_T: Tokens that count in the statistics.
-        """
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotary, attend)
-        normed_TD = self.post_attention_layernorm(x_TD)
-        if isinstance(self.mlp, SwiGLU):
-            return x_TD + self.mlp(normed_TD), None
-        recorded = record.get(moe_layer) if record is not None else None
-        recomputing = recorded is not None and replay is None
-        if recorded is None and replay is not None:
-            recorded = replay.get(moe_layer)
-        y_TD, routing = self.mlp(normed_TD, recorded, token_mask_T, recomputing)
-        if record is not None:
-            record.put(moe_layer, routing.ids_TK)
-        return x_TD + y_TD, routing.stats
-
-
-class LanguageModel(nn.Module):
+class LanguageModel(Decoder):
     """A decoder-only language model.
 
     Args:
@@ -128,42 +49,13 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(self, config: LanguageModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderBlock(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = self.build_rotary(config)
+        super().__init__(config)
         self.lm_head = LanguageModelHead(
             config.hidden_size, config.vocab_size,
             initializer_std=config.initializer_range,
             logits_dtype=torch.float32 if config.head_dtype == "float32" else None,
         )  # fmt: skip
-        self.recomputes_blocks = config.activation_checkpointing == "block"
         self.tie_weights()
-
-    @staticmethod
-    def build_rotary(config: LanguageModelConfig) -> RotaryEmbedding | FourierRotaryEmbedding:
-        """The position tables that a config describes."""
-        positions = config.positions
-        if positions.kind == "rope":
-            return RotaryEmbedding(config.head_dim, positions.theta)
-        return FourierRotaryEmbedding(
-            config.head_dim, positions.theta, positions.max_position_embeddings, config.num_kv_heads,
-            init_factor=positions.fope_init_factor, separate_heads=positions.fope_separate_heads,
-            num_frequencies=positions.fope_num_frequencies, sin_pad=positions.fope_sin_pad, seed=positions.fope_seed,
-            trainable=positions.fope_trainable,
-        )  # fmt: skip
-
-    @classmethod
-    def create(cls, config: LanguageModelConfig, seed: int = 0, device: torch.device | str = "cpu") -> LanguageModel:
-        """A model with initial weights that depend on the seed and the parameters' names only."""
-        from lit_interns1.nn.initialization import materialize
-
-        with torch.device("meta"):
-            model = cls(config)
-        materialize(model, device=device, seed=seed, std=config.initializer_range)
-        return model
 
     def tie_weights(self) -> None:
         """Makes the head share the embedding's weight, if the config says so."""
@@ -171,25 +63,19 @@ class LanguageModel(nn.Module):
             self.lm_head.tie(cast(nn.Parameter, self.embed_tokens.weight))
 
     @property
-    def moe_layers(self) -> list[MoEFeedForward]:
-        """The sparse feed-forward networks in order."""
-        return [m for m in self.modules() if isinstance(m, MoEFeedForward)]
+    def head_is_embedding(self) -> bool:
+        """Whether the weights are tied."""
+        return self.config.tie_word_embeddings
 
     def parallel_plan(self) -> ParallelPlan:
         """Embedding, blocks, and norm with head are units; a head that shares the embedding's weight goes with it."""
         tied, head = self.config.tie_word_embeddings, self.lm_head
-        float32: list[nn.Module] = []
-        if self.config.moe is not None and self.config.moe.router_dtype == "float32":
-            float32 += [layer.router for layer in self.moe_layers]
+        float32 = self.float32_routers
         if self.config.head_dtype == "float32" and not tied:
             float32.append(head)
         first = [self.embed_tokens, head] if tied else [self.embed_tokens]
         last = [self.norm] if tied or head in float32 else [self.norm, head]
         return ParallelPlan([first, *self.layers, last], self.moe_layers, float32, recompute=self.recompute_blocks)
-
-    def recompute_blocks(self) -> None:
-        """Recomputes every block in backward from now on, whatever the config says."""
-        self.recomputes_blocks = True
 
     def forward(
         self,
@@ -233,50 +119,11 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: If inputs are missing or their shapes do not fit together.
         """
-        if (input_ids is None) == (inputs_embeds_TD is None):
-            raise ValueError("give either input_ids or inputs_embeds_TD")
-        batch_shape: tuple[int, ...] | None = None
-        if input_ids is not None:
-            if input_ids.ndim == 2:
-                batch_shape = tuple(input_ids.shape)
-                if cu_seqlens is None and attend is None:
-                    rows, length = batch_shape
-                    cu_seqlens = torch.arange(rows + 1, device=input_ids.device, dtype=torch.int32) * length
-            elif input_ids.ndim != 1:
-                raise ValueError(f"input_ids must be (tokens,) or (rows, length), got {tuple(input_ids.shape)}")
-            x_TD = self.embed_tokens(input_ids.reshape(-1))
-        else:
-            assert inputs_embeds_TD is not None
-            x_TD = inputs_embeds_TD
-        tokens, device = x_TD.shape[0], x_TD.device
-        if attend is None:
-            if cu_seqlens is None:
-                cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
-            if int(cu_seqlens[-1]) != tokens:
-                raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}, but there are {tokens} tokens")
-            attend = DocumentAttention(cu_seqlens, self.config.attention_backend)
-        if rotary is None:
-            if position_ids is None:
-                if cu_seqlens is None:
-                    raise ValueError("position_ids are needed together with `attend`")
-                position_ids = restarting_positions(cu_seqlens)
-            rotary = self.rotary_emb(position_ids.reshape(-1))
-        replay = RoutingRecord(routed_experts_TLK) if routed_experts_TLK is not None else None
-        if replay is not None and replay.num_layers != self.config.num_moe_layers:
-            raise ValueError(f"routing of {replay.num_layers} layers for {self.config.num_moe_layers} MoE layers")
-        recompute = self.recomputes_blocks and torch.is_grad_enabled()
-        record = RoutingRecord() if record_routing or recompute else None
-        stats: list[RouterStats] = []
-        for block in self.layers:
-            arguments: tuple[Any, ...] = (x_TD, rotary, attend, replay, record, len(stats), token_mask_T)
-            if recompute:
-                x_TD, layer_stats = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x_TD, layer_stats = block(*arguments)
-            if layer_stats is not None:
-                stats.append(layer_stats)
-        hidden_TD = self.norm(x_TD)
-
+        hidden_TD, stats, routing = self.decode(
+            input_ids, inputs_embeds_TD=inputs_embeds_TD, position_ids=position_ids, rotary=rotary,
+            cu_seqlens=cu_seqlens, attend=attend, routed_experts_TLK=routed_experts_TLK,
+            record_routing=record_routing, token_mask_T=token_mask_T,
+        )  # fmt: skip
         logits, scores = None, None
         if targets is not None:
             scores = self.lm_head(
@@ -285,41 +132,6 @@ class LanguageModel(nn.Module):
             )  # fmt: skip
         else:
             logits = self.lm_head(hidden_TD if logits_index is None else hidden_TD.index_select(0, logits_index))
-            if batch_shape is not None and logits_index is None:
-                logits = logits.view(*batch_shape, -1)
-        return LanguageModelOutput(hidden_TD, logits, scores, stats, record if record_routing else None)
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Parameters of a model.
-
-    Attributes:
-        total: All of them; tied weights once.
-        active: Those that one token meets: of each MoE layer, K experts.
-    """
-
-    total: int
-    active: int
-
-
-def count_parameters(model: LanguageModel) -> ParameterCounts:
-    """Counts parameters; works on the meta device."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    idle = 0
-    for layer in model.moe_layers:
-        per_expert = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.router.num_experts
-        idle += per_expert * (layer.router.num_experts - layer.router.experts_per_token)
-    return ParameterCounts(total, total - idle)
-
-
-def flops_per_token(model: LanguageModel, context_length: float) -> float:
-    """Floating-point operations of forward and backward per token: 6 per active weight, and attention's own products.
-
-    Args:
-        model: The model.
-        context_length: Mean number of tokens that a token attends to.
-    """
-    config = model.config
-    active = count_parameters(model).active - (0 if config.tie_word_embeddings else model.embed_tokens.weight.numel())
-    return 6.0 * active + 12.0 * config.num_layers * config.num_heads * config.head_dim * context_length
+            if input_ids is not None and input_ids.ndim == 2 and logits_index is None:
+                logits = logits.view(*input_ids.shape, -1)
+        return LanguageModelOutput(hidden_TD, logits, scores, stats, routing)
