@@ -10,7 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
 from lit_interns1.callbacks.token_clock import TokenClock
-from lit_interns1.models import LanguageModel, count_parameters
+from lit_interns1.models import Decoder, count_parameters
+from lit_interns1.models.trained_parts import trained_parts
 from lit_interns1.training.units import as_duration, with_unit
 
 
@@ -57,8 +58,8 @@ class ConsoleProgress(ProgressBar):
         self._started_at = self._shown_at = time.monotonic()
         clock = TokenClock.of(trainer)
         self._started_tokens = clock.tokens
-        for model in pl_module.modules():
-            if isinstance(model, LanguageModel):
+        for _, model in trained_parts(pl_module):
+            if isinstance(model, Decoder):
                 counts = count_parameters(model)
                 self._write(
                     f"{with_unit(counts.total)} parameters, {with_unit(counts.active)} active per token; "

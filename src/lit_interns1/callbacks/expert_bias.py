@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_interns1.callbacks.router_counter import RouterCounter
 from lit_interns1.callbacks.skip_bad_steps import SkipBadSteps
-from lit_interns1.models import LanguageModel
+from lit_interns1.models import Decoder
+from lit_interns1.models.trained_parts import parts_of_type
 from lit_interns1.nn.moe import SigmoidRouter, update_expert_bias
 
 
@@ -30,9 +31,11 @@ class ExpertBiasUpdate(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the routers and starts counting."""
-        models = [part for part in pl_module.modules() if isinstance(part, LanguageModel)]
+        models = parts_of_type(pl_module, Decoder)
         if len(models) != 1:
-            raise ValueError(f"ExpertBiasUpdate needs exactly one LanguageModel in the module, found {len(models)}")
+            raise ValueError(
+                f"ExpertBiasUpdate needs exactly one language or reward model in the module, found {len(models)}"
+            )
         self._routers = [m.router for m in models[0].moe_layers if isinstance(m.router, SigmoidRouter)]
         self._counter.listen(models[0])
 

@@ -24,7 +24,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_interns1.callbacks.rate_trial import GroupRates, Trial, TrialPlan, run_trial
 from lit_interns1.callbacks.run_snapshot import RunSnapshot
 from lit_interns1.callbacks.token_clock import TokenClock
-from lit_interns1.models import LanguageModel, count_parameters
+from lit_interns1.models import Decoder, count_parameters
+from lit_interns1.models.trained_parts import parts_of_type
 from lit_interns1.reports.figures import save_figure
 from lit_interns1.reports.learning_rate_search import RateSearchResult, next_rate, rate_search_figure
 from lit_interns1.training.units import with_unit
@@ -190,7 +191,7 @@ class LearningRateSearch(Callback):
         tokens = [*longest, *(round(horizon * per_unit) for horizon in self.plan.horizons[len(longest) :])]
         module = trainer.lightning_module
         total = sum(parameter.numel() for parameter in module.parameters())
-        idle = sum(c.total - c.active for c in map(count_parameters, _language_models(module)))
+        idle = sum(c.total - c.active for c in map(count_parameters, _decoders(module)))
         return RateSearchResult(
             parameters=total,
             active_parameters=total - idle,
@@ -265,5 +266,5 @@ def _rates(
     return ordered
 
 
-def _language_models(module: LightningModule) -> list[LanguageModel]:
-    return [part for part in module.modules() if isinstance(part, LanguageModel)]
+def _decoders(module: LightningModule) -> list[Decoder]:
+    return parts_of_type(module, Decoder)

@@ -1,7 +1,7 @@
 """The one way in which callbacks hear what routers do.
 
-A `LanguageModel` returns the statistics of its routers; routers of other libraries are read by an adapter when they
-return. What runs again in backward (activation checkpointing) is not heard a second time.
+Language and reward models return the statistics of their routers; routers of other libraries are read by an adapter
+when they return. What runs again in backward (activation checkpointing) is not heard a second time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_interns1.models import LanguageModel, LanguageModelOutput
+from lit_interns1.models import Decoder
+from lit_interns1.models.trained_parts import trained_parts
 from lit_interns1.nn.moe import Router, RouterStats, SigmoidRouter
 from lit_interns1.nn.moe.gate_adapter import GateAdapter, TransformersGateAdapter
 from lit_interns1.nn.moe.router_load import RouterEvent
@@ -44,13 +45,14 @@ class RouterListener:
     """Finds the routers below a module and passes on what they do.
 
     Args:
-        module: Where to look: `LanguageModel`s, and elsewhere what the adapter knows.
-        receive: Called with the events of a forward pass: all layers of a `LanguageModel`, or one foreign router.
+        module: Where to look: language and reward models, and elsewhere what the adapter knows; not in a frozen
+            reference.
+        receive: Called with the events of a forward pass: all layers of a language model, or one foreign router.
         adapter: Knows foreign routers.
 
     Attributes:
         routers: In order; the index is the layer of an event.
-        token_mask_T: Tokens of the present micro-batch that count in foreign routers; None = all. (A `LanguageModel` is
+        token_mask_T: Tokens of the present micro-batch that count in foreign routers; None = all. (A language model is
             told by its caller.)
         measures_logits: Whether events hold `RouterStats.logits` from the next forward pass on.
     """
@@ -64,8 +66,8 @@ class RouterListener:
         self._hooks: list[Any] = []
         self._measures_logits = False
         inside: set[nn.Module] = set()
-        for name, part in module.named_modules():
-            if isinstance(part, LanguageModel):
+        for name, part in trained_parts(module):
+            if isinstance(part, Decoder):
                 self._hear_model(name, part)
                 inside.update(part.modules())
             elif part not in inside and not isinstance(part, Router) and self.adapter.matches(name, part):
@@ -98,14 +100,14 @@ class RouterListener:
             return router.expert_bias if isinstance(router, SigmoidRouter) else None
         return self.adapter.bias(router)
 
-    def _hear_model(self, name: str, model: LanguageModel) -> None:
+    def _hear_model(self, name: str, model: Decoder) -> None:
         first = len(self.routers)
         for number, layer in enumerate(model.moe_layers):
             router = layer.router
             where = f"{name}.moe_layers[{number}]".lstrip(".")
             self.routers.append(RouterPlace(where, router, router.num_experts, router.num_groups))
 
-        def heard(module: nn.Module, arguments: Any, options: dict[str, Any], output: LanguageModelOutput) -> None:
+        def heard(module: nn.Module, arguments: Any, options: dict[str, Any], output: Any) -> None:
             if output.router_stats and not in_backward():
                 replayed = options.get("routed_experts_TLK") is not None
                 self.receive(

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_interns1.callbacks.token_clock import TokenClock, data_parallel_size, logs_now
-from lit_interns1.models import LanguageModel, flops_per_token
+from lit_interns1.models import Decoder, flops_per_token
+from lit_interns1.models.trained_parts import parts_of_type
 from lit_interns1.training.peak_flops import PEAK_BF16_FLOPS
 
 
@@ -33,7 +34,7 @@ class ThroughputMonitor(Callback):
     Args:
         peak_flops: Peak FLOP/s of one device; default: looked up by the device's name.
         model_flops_per_token: FLOPs of forward and backward per token; default: counted if the module holds a
-            `LanguageModel`.
+            `Decoder` (a language or reward model).
         context_length: Mean number of tokens that a token attends to, for the count.
     """
 
@@ -53,7 +54,7 @@ class ThroughputMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the peak and the model's FLOPs."""
         self.peak_flops = self.peak_flops or device_peak_flops(pl_module.device)
-        models = [m for m in pl_module.modules() if isinstance(m, LanguageModel)]
+        models = parts_of_type(pl_module, Decoder)
         if self.model_flops_per_token is None and models:
             self.model_flops_per_token = flops_per_token(models[0], self.context_length)
         self._tokens_before = TokenClock.of(trainer).tokens

@@ -156,8 +156,7 @@ def what_changes(config: LanguageModelConfig, grown: ExpandedSource, expansion: 
     """The lines that the command prints before it writes."""
     import torch
 
-    from lit_interns1.models import LanguageModel
-    from lit_interns1.models import count_parameters
+    from lit_interns1.models import LanguageModel, count_parameters
     from lit_interns1.training.units import with_unit
 
     yield from _differences(asdict(config), asdict(grown.config))
