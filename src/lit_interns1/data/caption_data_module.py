@@ -23,13 +23,13 @@ from lit_interns1.data.conversation_media import ImageTransform, Item, NativeVis
 from lit_interns1.data.conversation_rows import ConversationFormat
 from lit_interns1.data.conversations import Conversation, Conversations, ConversationSource
 from lit_interns1.data.media_tokens import tokens_of_style
-from lit_interns1.data.order import RowOrder, apportion, permutation
+from lit_interns1.data.order import permutation
 from lit_interns1.data.packed_batch import IGNORED_LABEL, PackedBatch
 from lit_interns1.data.packing import IntArray, PackingPlan, assemble, lay_out
-from lit_interns1.data.row_data_module import RowDataModule
 from lit_interns1.data.rows import PAD_VALUES
-from lit_interns1.data.sources import SourceError, named_sources
-from lit_interns1.data.tokenizer import TextTokenizer, load_tokenizer
+from lit_interns1.data.source_data_module import SourceDataModule
+from lit_interns1.data.sources import SourceError
+from lit_interns1.data.tokenizer import TextTokenizer
 from lit_interns1.nn.media import MediaItems
 
 CAPTION_KEY = "caption_key"
@@ -120,7 +120,7 @@ class CaptionReader:
         return batch
 
 
-class CaptionDataModule(RowDataModule):
+class CaptionDataModule(SourceDataModule):
     """Pairs of an image and a caption as `PackedBatch`es with one caption a row.
 
     Args:
@@ -165,40 +165,19 @@ class CaptionDataModule(RowDataModule):
         end_of_text: str | None = None,
     ) -> None:
         super().__init__(
-            row_length, global_batch_size, global_batch_size, validation_rows, seed, num_workers, pin_memory, block_rows
-        )
+            ConversationSource, sources, validation_sources, tokenizer, end_of_text, row_length=row_length,
+            global_batch_size=global_batch_size, micro_batch_size=global_batch_size, validation_rows=validation_rows,
+            seed=seed, num_workers=num_workers, pin_memory=pin_memory, block_rows=block_rows,
+        )  # fmt: skip
         if overlong not in ("error", "cut"):
             raise ValueError(f"overlong={overlong!r} is unknown; choose one of 'error', 'cut'")
         if validation_batch_size < 1:
             raise ValueError(f"validation_batch_size must be at least 1, got {validation_batch_size}")
-        self.sources = named_sources(sources, ConversationSource)
-        self.validation_sources = named_sources(validation_sources, ConversationSource) if validation_sources else []
         self.visuals, self.transform, self.overlong = visuals or NativeVisuals(), transform, overlong
         self.validation_batch_size = validation_batch_size
-        self._tokenizer_option, self._end_of_text = tokenizer, end_of_text
-        self._form: ConversationFormat | None = None
-        self._opened: dict[ConversationSource, tuple[Conversations, list[list[int]], IntArray]] = {}
 
-    @property
-    def form(self) -> ConversationFormat:
-        """How images are read, and the tokenizer."""
-        if self._form is None:
-            option = self._tokenizer_option
-            loaded = option if isinstance(option, TextTokenizer) else load_tokenizer(option, self._end_of_text)
-            self._form = ConversationFormat(
-                loaded, tokens_of_style("pro"), self.visuals, None, self.transform, self.seed
-            )  # fmt: skip
-        return self._form
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The tokenizer."""
-        return self.form.tokenizer
-
-    @property
-    def source_names(self) -> list[str]:
-        """Names of the validation sources if there are any, else of the training sources."""
-        return [source.display_name for source in self.validation_sources or self.sources]
+    def _make_form(self, tokenizer: TextTokenizer) -> ConversationFormat:
+        return ConversationFormat(tokenizer, tokens_of_style("pro"), self.visuals, None, self.transform, self.seed)
 
     def setup(self, stage: str | None = None) -> None:
         """Plans rows and order; every rank takes its part of a step at once.
@@ -262,17 +241,8 @@ class CaptionDataModule(RowDataModule):
         tokens_N = np.concatenate([np.array(entry, dtype=np.int32) for entry in ids])
         return CaptionRows(conversations, tokens_N, np.cumsum(length_D), key_D, document_D, plan)
 
-    def _plan(self) -> None:
-        training = [self._rows(source) for source in self.sources]
-        self._training = CaptionReader(training, self.form, self.row_length)
-        weights = [source.weight for source in self.sources if source.weight is not None]
-        self._order = RowOrder([rows.plan.num_rows for rows in training], weights or None, self.seed, self.block_rows)
-        validation = [self._rows(source) for source in self.validation_sources]
-        available = [rows.plan.num_rows for rows in validation]
-        if self.validation_rows is not None and self.validation_rows < sum(available):
-            for rows, share in zip(validation, apportion(self.validation_rows, available).tolist(), strict=True):
-                rows.plan = rows.plan.first_rows(share)
-        self._validation = CaptionReader(validation, self.form, self.row_length)
+    def _make_reader(self, rows: list[CaptionRows]) -> CaptionReader:
+        return CaptionReader(rows, self.form, self.row_length)
 
     def _identity(self) -> dict[str, Any]:
         return {

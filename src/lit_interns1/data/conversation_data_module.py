@@ -19,12 +19,11 @@ from lit_interns1.data.conversation_rows import ConversationFormat, Conversation
 from lit_interns1.data.conversations import ConversationSource
 from lit_interns1.data.media.signals import TimeSeriesProcessor
 from lit_interns1.data.media_tokens import MediaTokens, token_id, tokens_of_style, with_media_tokens
-from lit_interns1.data.order import RowOrder, apportion, permutation
+from lit_interns1.data.order import permutation
 from lit_interns1.data.packing import plan_rows
-from lit_interns1.data.row_data_module import RowDataModule
-from lit_interns1.data.sources import named_sources
+from lit_interns1.data.source_data_module import SourceDataModule
 from lit_interns1.data.token_store import DEFAULT_CACHE_FOLDER
-from lit_interns1.data.tokenizer import TextTokenizer, load_tokenizer
+from lit_interns1.data.tokenizer import TextTokenizer
 
 
 def check_patches(visuals: Visuals, vision: Any) -> None:
@@ -39,7 +38,7 @@ def check_patches(visuals: Visuals, vision: Any) -> None:
         )
 
 
-class ConversationDataModule(RowDataModule):
+class ConversationDataModule(SourceDataModule):
     """Conversations as `PackedBatch`es with media.
 
     Args:
@@ -93,45 +92,26 @@ class ConversationDataModule(RowDataModule):
         end_of_text: str | None = None,
     ) -> None:
         super().__init__(
-            row_length, global_batch_size, micro_batch_size, validation_rows, seed, num_workers, pin_memory, block_rows
-        )
-        self.sources = named_sources(sources, ConversationSource)
-        self.validation_sources = named_sources(validation_sources, ConversationSource) if validation_sources else []
+            ConversationSource, sources, validation_sources, tokenizer, end_of_text, row_length=row_length,
+            global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, validation_rows=validation_rows,
+            seed=seed, num_workers=num_workers, pin_memory=pin_memory, block_rows=block_rows,
+        )  # fmt: skip
         if overlong not in ("error", "skip"):
             raise ValueError(f"overlong={overlong!r} is unknown; choose 'error' or 'skip'")
         self.visuals, self.signals = visuals or NativeVisuals(), signals or TimeSeriesProcessor()
         self.media_tokens, self.transform = tokens_of_style(media_tokens), transform
         self.overlong, self.read_media, self.cache_dir = overlong, read_media, Path(cache_dir)
-        self._tokenizer_option, self._end_of_text = tokenizer, end_of_text
-        self._form: ConversationFormat | None = None
-        self._opened: dict[ConversationSource, tuple[Any, Any]] = {}
         self.skipped = 0
 
-    @property
-    def form(self) -> ConversationFormat:
-        """How conversations become tokens and items."""
-        if self._form is None:
-            option = self._tokenizer_option
-            loaded = option if isinstance(option, TextTokenizer) else load_tokenizer(option, self._end_of_text)
-            self._form = ConversationFormat(
-                with_media_tokens(loaded, self.media_tokens), self.media_tokens, self.visuals, self.signals,
-                self.transform, self.seed,
-            )  # fmt: skip
-        return self._form
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The tokenizer, with the tokens for turns and media."""
-        return self.form.tokenizer
-
-    @property
-    def source_names(self) -> list[str]:
-        """Names of the validation sources if there are any, else of the training sources."""
-        return [source.display_name for source in self.validation_sources or self.sources]
+    def _make_form(self, tokenizer: TextTokenizer) -> ConversationFormat:
+        return ConversationFormat(
+            with_media_tokens(tokenizer, self.media_tokens), self.media_tokens, self.visuals, self.signals,
+            self.transform, self.seed,
+        )  # fmt: skip
 
     def prepare_data(self) -> None:
         """Renders all conversations that the cache lacks; opens the headers of their media."""
-        for source in [*self.sources, *self.validation_sources]:
+        for source in self.all_sources:
             self._open(source)
 
     def check_model(self, config: Any) -> None:
@@ -162,7 +142,7 @@ class ConversationDataModule(RowDataModule):
     # inside
 
     def _kinds(self) -> list[str]:
-        stores = [self._open(source)[1] for source in [*self.sources, *self.validation_sources]]
+        stores = [self._open(source)[1] for source in self.all_sources]
         return sorted({kind for store in stores for kind in store.kinds})
 
     def _open(self, source: ConversationSource) -> tuple[Any, Any]:
@@ -174,21 +154,15 @@ class ConversationDataModule(RowDataModule):
 
     def _plan(self) -> None:
         self.skipped = 0
-        training = [self._rows(source) for source in self.sources]
-        self._training = ConversationReader(training, self.form, self.row_length)
-        weights = [source.weight for source in self.sources if source.weight is not None]
-        self._order = RowOrder([rows.plan.num_rows for rows in training], weights or None, self.seed, self.block_rows)
-        validation = [self._rows(source) for source in self.validation_sources]
-        available = [rows.plan.num_rows for rows in validation]
-        if self.validation_rows is not None and self.validation_rows < sum(available):
-            for rows, share in zip(validation, apportion(self.validation_rows, available).tolist(), strict=True):
-                rows.plan = rows.plan.first_rows(share)
-        self._validation = ConversationReader(validation, self.form, self.row_length)
+        super()._plan()
         if self.skipped:
             warnings.warn(
                 f"{self.skipped} conversations are longer than row_length={self.row_length} and are left out",
                 stacklevel=2,
             )
+
+    def _make_reader(self, rows: list[ConversationRows]) -> ConversationReader:
+        return ConversationReader(rows, self.form, self.row_length)
 
     def _rows(self, source: ConversationSource) -> ConversationRows:
         """Conversations in a random order, so that files sorted by class give mixed rows."""

@@ -94,10 +94,22 @@ def parse_conversation(row: Any, folder: Path | None, where: str, answered: bool
     messages = row.get("messages") if isinstance(row, Mapping) else None
     if not isinstance(messages, list) or not messages:
         raise SourceError(f"{where}: expected an object with a list `messages` of at least one message")
-    parsed = tuple(_message(entry, folder, where, f"messages[{index}]") for index, entry in enumerate(messages))
+    parsed = parse_messages(messages, folder, where, "messages")
     if answered and not any(message.role == "assistant" for message in parsed):
         raise SourceError(f"{where}: no message has the role assistant: there is nothing to learn")
     return Conversation(parsed, where)
+
+
+def parse_messages(messages: list[Any], folder: Path | None, where: str, field: str) -> tuple[Message, ...]:
+    """Turns from their JSON form; arguments and errors as `parse_conversation`.
+
+    Args:
+        messages: The list.
+        folder: The only folder in which media may lie.
+        where: File and line.
+        field: Name of the list, for messages.
+    """
+    return tuple(_message(entry, folder, where, f"{field}[{index}]") for index, entry in enumerate(messages))
 
 
 def _message(entry: Any, folder: Path | None, where: str, field: str) -> Message:
@@ -282,6 +294,15 @@ class JsonLines:
 
     def read(self, index: int) -> Conversation:
         """One of them, from the file."""
+        row, where = self.record(index)
+        return parse_conversation(row, self.folder, where)
+
+    def record(self, index: int) -> tuple[Any, str]:
+        """What a line holds, and where it is.
+
+        Raises:
+            SourceError: If it is not JSON.
+        """
         where = f"{self.path}, line {int(self._numbers[index])}"
         with self.path.open("rb") as stream:
             stream.seek(int(self._offsets[index]))
@@ -290,4 +311,4 @@ class JsonLines:
             row = json.loads(line.decode("utf-8-sig"))
         except ValueError as error:
             raise SourceError(f"{where}: not valid JSON in UTF-8 ({error})") from None
-        return parse_conversation(row, self.folder, where)
+        return row, where
