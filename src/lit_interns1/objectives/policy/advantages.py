@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_interns1.objectives.policy.objective import Metrics, check_choice, check_number, masked_metric, safe_ratio
+from lit_interns1.objectives.metrics import Metrics, masked_metric
+from lit_interns1.objectives.options import check_choice, check_number
+from lit_interns1.objectives.policy.objective import safe_ratio
 from lit_interns1.training.window_means import all_reduce_sum
 
 RewardScale = Literal["group", "batch", "none"]

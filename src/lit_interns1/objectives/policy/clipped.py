@@ -22,19 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_interns1.nn.head import TokenScores
+from lit_interns1.objectives.metrics import Metrics, masked_metric
+from lit_interns1.objectives.options import check_choice, check_number
 from lit_interns1.objectives.policy.advantages import AdvantageEstimator, GroupNormalized, LeaveOneOut
 from lit_interns1.objectives.policy.corrections import RatioLevel, log_ratio_at_level, off_policy_sequence_mask
 from lit_interns1.objectives.policy.inputs import PolicyInputs
 from lit_interns1.objectives.policy.kl import KLType, check_kl_type, kl_estimate
-from lit_interns1.objectives.policy.objective import (
-    LossAggregation,
-    Metrics,
-    PolicyObjective,
-    aggregation_weights,
-    check_choice,
-    check_number,
-    masked_metric,
-)
+from lit_interns1.objectives.policy.objective import LossAggregation, PolicyObjective, aggregation_weights
 from lit_interns1.objectives.policy.token_advantages import DiscountedReturns, GeneralizedAdvantages
 
 Surrogate = Literal["clip", "cispo", "reinforce"]

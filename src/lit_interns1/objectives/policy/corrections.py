@@ -18,9 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_interns1.objectives.metrics import Metrics, masked_metric
+from lit_interns1.objectives.options import check_choice, check_number
 from lit_interns1.objectives.policy.inputs import PolicyInputs
 from lit_interns1.objectives.policy.kl import LOG_RATIO_LIMIT, kl_estimate
-from lit_interns1.objectives.policy.objective import Metrics, check_choice, check_number, masked_metric
 
 RatioLevel = Literal["token", "sequence", "geometric"]
 WeightMode = Literal["truncate", "mask", "none"]

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_interns1.nn.head import TokenScores
+from lit_interns1.objectives.metrics import Metrics, masked_metric
+from lit_interns1.objectives.options import check_number
 from lit_interns1.objectives.policy.clipped import RatioObjective
 from lit_interns1.objectives.policy.covariance import clip_cov_mask, kl_cov_mask
 from lit_interns1.objectives.policy.inputs import PolicyInputs
 from lit_interns1.objectives.policy.kl import KLType, check_kl_type, kl_estimate
-from lit_interns1.objectives.policy.objective import Metrics, check_number, masked_metric
 
 
 class KLCov(RatioObjective):

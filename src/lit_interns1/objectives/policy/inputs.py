@@ -5,31 +5,27 @@
     ref_logprobs     π_ref of the frozen reference
     logp             π_θ   of the trained model now: `TokenScores`, not here
 
-Like labels, an entry stands at the position that predicts the token it speaks of. A sample is one response; all its
-tokens must be in one micro-batch (pack whole samples). Shapes: T tokens, S samples.
+Shapes: T tokens, S samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-TOKEN_VALUES = (
-    "advantages", "rewards", "old_logprobs", "rollout_logprobs", "ref_logprobs", "values", "returns", "token_rewards",
-    "rollout_is_weights",
-)  # fmt: skip
-"""Names of the vectors that an objective can require."""
+from lit_interns1.objectives.sample_tokens import SampleTokens
 
 WEIGHT_PREFIX = "loss_weight_"
 """In token fields, the weight of the loss term `name` is called `loss_weight_name`."""
 
 
 @dataclass(frozen=True)
-class PolicyInputs:
+class PolicyInputs(SampleTokens):
     """Vectors (T,) for a policy objective. Values where `response_mask` is False are replaced by 0.
 
     Attributes:
@@ -51,8 +47,12 @@ class PolicyInputs:
         ValueError: If the lengths differ.
     """
 
-    response_mask: Tensor
-    sample_ids: Tensor
+    token_values: ClassVar[tuple[str, ...]] = (
+        "advantages", "rewards", "old_logprobs", "rollout_logprobs", "ref_logprobs", "values", "returns",
+        "token_rewards", "rollout_is_weights",
+    )  # fmt: skip
+    not_token_fields: ClassVar[frozenset[str]] = frozenset({"sample_ids", "weights"})
+
     advantages: Tensor | None = None
     rewards: Tensor | None = None
     old_logprobs: Tensor | None = None
@@ -65,107 +65,21 @@ class PolicyInputs:
     response_lengths: Tensor | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        shape = self.sample_ids.shape
-        for name, value in self.fields().items():
-            if value.shape != shape or value.ndim != 1:
-                raise ValueError(f"{name} {tuple(value.shape)} must be a vector like sample_ids {tuple(shape)}")
-        mask_T = self.response_mask.bool() & (self.sample_ids >= 0)
-        object.__setattr__(self, "response_mask", mask_T)
-        for name in TOKEN_VALUES:
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, torch.where(mask_T, value.detach(), 0))
-
     @classmethod
     def from_fields(
         cls, token_fields: Mapping[str, Tensor], sample_ids: Tensor, labels: Tensor | None = None
     ) -> PolicyInputs:
-        """Takes the known names out of the token fields of a packed batch.
-
-        Args:
-            token_fields: By name; unknown names are left alone.
-            sample_ids: (T,) `sample_id_T` of the batch.
-            labels: (T,) labels; without a field `response_mask`, tokens with a label ≥ 0 are responses.
-
-        Raises:
-            ValueError: If neither `response_mask` nor labels are given.
-        """
-        known = {entry.name for entry in fields(cls)} - {"sample_ids", "weights"}
-        values = {name: value for name, value in token_fields.items() if name in known}
-        if "response_mask" not in values:
-            if labels is None:
-                raise ValueError("token_fields has no 'response_mask': give it, or labels to derive it from")
-            values["response_mask"] = labels >= 0
+        """As `SampleTokens.from_fields`, with the weights of the terms of the loss."""
         weights = {
             name.removeprefix(WEIGHT_PREFIX): value
             for name, value in token_fields.items()
             if name.startswith(WEIGHT_PREFIX)
         }
-        return cls(sample_ids=sample_ids, weights=weights, **values)
+        return replace(super().from_fields(token_fields, sample_ids, labels), weights=weights)
 
     def fields(self) -> dict[str, Tensor]:
         """All vectors by the name of their token field, to be put into a packed batch; without `sample_ids`."""
-        names = [entry.name for entry in fields(self) if entry.name not in ("sample_ids", "weights")]
-        given = {name: getattr(self, name) for name in names}
-        present = {name: value for name, value in given.items() if value is not None}
-        return present | {WEIGHT_PREFIX + name: weight for name, weight in self.weights.items()}
-
-    def split(self, sizes: Sequence[int]) -> list[PolicyInputs]:
-        """Consecutive parts of so many tokens.
-
-        Raises:
-            ValueError: If the sizes do not add up to T.
-        """
-        if sum(sizes) != len(self.sample_ids):
-            raise ValueError(f"sizes {list(sizes)} add up to {sum(sizes)}, not to the {len(self.sample_ids)} tokens")
-        columns = {name: value.split(list(sizes)) for name, value in self.fields().items()}
-        ids = self.sample_ids.split(list(sizes))
-        return [
-            PolicyInputs.from_fields({name: parts[i] for name, parts in columns.items()}, ids[i])
-            for i in range(len(sizes))
-        ]
-
-    def require(self, names: Iterable[str], what: str) -> None:
-        """Raises a ValueError that lists which of the named vectors are missing for `what`."""
-        missing = sorted(name for name in names if getattr(self, name) is None)
-        if missing:
-            raise ValueError(f"{what} requires {missing}: give a vector per token under these names")
-
-    def value(self, name: str) -> Tensor:
-        """The vector of that name.
-
-        Raises:
-            ValueError: If it is missing.
-        """
-        self.require([name], "this step")
-        result: Tensor = getattr(self, name)
-        return result
-
-    # samples: sums over the response tokens of each, and back
-
-    @cached_property
-    def _samples(self) -> tuple[Tensor, int]:
-        ids, index_T = torch.unique(self.sample_ids, return_inverse=True)
-        return index_T, len(ids)
-
-    def sample_sums(self, value_T: Tensor) -> Tensor:
-        """(S',) sums over the response tokens of each sample id that occurs (padding has one, too)."""
-        index_T, count = self._samples
-        return value_T.new_zeros(count).index_add(0, index_T, torch.where(self.response_mask, value_T, 0))
-
-    def to_tokens(self, value_S: Tensor) -> Tensor:
-        """(T,) the value of each token's sample; inverse of the layout of `sample_sums`."""
-        return value_S[self._samples[0]]
-
-    @cached_property
-    def sample_lengths(self) -> Tensor:
-        """(S',) float32 response tokens of each sample id."""
-        return self.sample_sums(torch.ones_like(self.sample_ids, dtype=torch.float32))
-
-    def sample_means(self, value_T: Tensor) -> Tensor:
-        """(S',) means over the response tokens of each sample; 0 for a sample without any."""
-        return self.sample_sums(value_T) / self.sample_lengths.clamp(min=1.0)
+        return super().fields() | {WEIGHT_PREFIX + name: weight for name, weight in self.weights.items()}
 
     def check_whole_samples(self, what: str) -> None:
         """Raises a ValueError if a sample of the prepared batch has been cut by the split into micro-batches."""
@@ -184,10 +98,10 @@ class PolicyInputs:
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        index_T, count = self._samples
+        ids, index_T = self._samples
         token_N = self.response_mask.nonzero().squeeze(-1)
         sample_N, order_N = torch.sort(index_T[token_N], stable=True)
-        length_S = torch.bincount(sample_N, minlength=count)
+        length_S = torch.bincount(sample_N, minlength=len(ids))
         start_S = length_S.cumsum(0) - length_S
         step_N = torch.arange(len(token_N), device=token_N.device) - start_S[sample_N]
         return token_N[order_N], sample_N, step_N, length_S

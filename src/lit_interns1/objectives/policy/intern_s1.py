@@ -16,18 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_interns1.nn.head import TokenScores
+from lit_interns1.objectives.metrics import Metrics, masked_metric
+from lit_interns1.objectives.options import check_number
 from lit_interns1.objectives.policy.advantages import AdvantageEstimator, LeaveOneOut
 from lit_interns1.objectives.policy.corrections import known_rollout_logprobs
 from lit_interns1.objectives.policy.covariance import kl_cov_mask
 from lit_interns1.objectives.policy.inputs import PolicyInputs
 from lit_interns1.objectives.policy.kl import KLType, check_kl_type, kl_estimate, ratio
-from lit_interns1.objectives.policy.objective import (
-    Metrics,
-    PolicyObjective,
-    aggregation_weights,
-    check_number,
-    masked_metric,
-)
+from lit_interns1.objectives.policy.objective import PolicyObjective, aggregation_weights
 from lit_interns1.objectives.policy.oreal import OREAL
 
 

@@ -13,38 +13,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lit_interns1.nn.head import TokenScores
+from lit_interns1.objectives.metrics import Metrics, masked_metric
 from lit_interns1.objectives.policy.inputs import PolicyInputs
 from lit_interns1.training.summed_loss import SummedLoss
 from lit_interns1.training.window_means import all_reduce_sum
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 """verl's names. A sequence is a sample with at least one response token."""
-
-Metrics = dict[str, SummedLoss]
-"""Detached sums with their counts: add up both over micro-batches and ranks, then divide."""
-
-
-def check_number(name: str, value: float | None, low: float, high: float | None = None, strict: bool = False) -> None:
-    """Raises a ValueError unless None or low ≤ value ≤ high (low < value, if strict)."""
-    if value is None:
-        return
-    inside = (value > low if strict else value >= low) and (high is None or value <= high)
-    if not inside or value != value or value in (float("inf"), float("-inf")):
-        bound = f"{'above' if strict else 'at least'} {low:g}" + ("" if high is None else f" and at most {high:g}")
-        raise ValueError(f"{name} = {value} must be finite and {bound}")
-
-
-def check_choice(name: str, value: str, choices: object) -> None:
-    """Raises a ValueError unless the value is one of a Literal's."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} = {value!r} must be one of {get_args(choices)}")
 
 
 def safe_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -85,7 +67,7 @@ class WeightedTokenLoss(ABC):
     """A loss of weighted terms: `prepare` once per optimizer step, then sums per micro-batch.
 
     Attributes:
-        requires: Names of the vectors that a module must prepare, among `TOKEN_VALUES`.
+        requires: Names of the vectors that a module must prepare, among `PolicyInputs.token_values`.
     """
 
     requires: frozenset[str] = frozenset()
@@ -200,8 +182,3 @@ class PolicyObjective(WeightedTokenLoss):
         if scores.entropy_T is not None:
             metrics["entropy"] = masked_metric(scores.entropy_T, inputs.response_mask)
         return self.weighted_sum(values, inputs, metrics), metrics
-
-
-def masked_metric(value_T: Tensor, mask_T: Tensor) -> SummedLoss:
-    """Σ over the mask, with its count, detached."""
-    return SummedLoss(torch.where(mask_T, value_T.detach().float(), 0).sum(), mask_T.sum().float())

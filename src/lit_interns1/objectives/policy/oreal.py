@@ -21,19 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_interns1.nn.head import TokenScores
+from lit_interns1.objectives.metrics import Metrics, masked_metric
+from lit_interns1.objectives.options import check_choice, check_number
 from lit_interns1.objectives.policy.advantages import AdvantageEstimator, LeaveOneOut
 from lit_interns1.objectives.policy.inputs import PolicyInputs
 from lit_interns1.objectives.policy.kl import KLType, check_kl_type, kl_estimate
-from lit_interns1.objectives.policy.objective import (
-    Metrics,
-    PolicyObjective,
-    WeightedTokenLoss,
-    aggregation_weights,
-    check_choice,
-    check_number,
-    masked_metric,
-    safe_ratio,
-)
+from lit_interns1.objectives.policy.objective import PolicyObjective, WeightedTokenLoss, aggregation_weights, safe_ratio
 from lit_interns1.training.summed_loss import SummedLoss
 
 Credit = Literal["token_rm", "none"]

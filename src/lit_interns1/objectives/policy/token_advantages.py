@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_interns1.objectives.options import check_number
 from lit_interns1.objectives.policy.inputs import PolicyInputs
 from lit_interns1.objectives.policy.kl import KLType, check_kl_type, kl_estimate
-from lit_interns1.objectives.policy.objective import check_number, global_sums
+from lit_interns1.objectives.policy.objective import global_sums
 
 
 def rewards_with_kl(inputs: PolicyInputs, beta: float = 0.0, kl_type: KLType = "k1") -> Tensor:

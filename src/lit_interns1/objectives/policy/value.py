@@ -11,16 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_interns1.objectives.metrics import Metrics, masked_metric
+from lit_interns1.objectives.options import check_choice, check_number
 from lit_interns1.objectives.policy.inputs import PolicyInputs
-from lit_interns1.objectives.policy.objective import (
-    LossAggregation,
-    Metrics,
-    WeightedTokenLoss,
-    aggregation_weights,
-    check_choice,
-    check_number,
-    masked_metric,
-)
+from lit_interns1.objectives.policy.objective import LossAggregation, WeightedTokenLoss, aggregation_weights
 from lit_interns1.training.summed_loss import SummedLoss
 
 
