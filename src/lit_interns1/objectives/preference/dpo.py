@@ -3,7 +3,7 @@
     Δ = s(h_w) − s(h_l)                                   s: the score of an f-divergence (arXiv 2309.16240), h for KL
     sigmoid   −(1−ε) log σ(βΔ) − ε log σ(−βΔ)             ε: label smoothing (conservative DPO)
     robust    (−(1−ε) log σ(βΔ) + ε log σ(−βΔ))/(1−2ε)    arXiv 2403.00409
-    hinge     max(0, 1 − βΔ)                              arXiv 2305.10425
+    hinge     max(0, 1 − βΔ)                              arXiv 2309.06657
     ipo       (Δ − 1/(2β))²                               arXiv 2310.12036, Eq. 17; s divided by the response tokens
 
 Exponentials of a score go on linearly beyond e^20, so that losses and gradients stay finite.

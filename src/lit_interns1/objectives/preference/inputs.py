@@ -110,7 +110,7 @@ class PreferenceInputs(SampleTokens):
         }
         values, wrong = {}, []
         for name, value_T in vectors.items():
-            values[name] = self._first_values(value_T)
+            values[name] = self.first_values(value_T)
             wrong.append(self.response_mask & (self.to_tokens(values[name]) != value_T))
         weight_T = vectors["weights"]
         wrong.append(self.response_mask & ~((weight_T >= 0) & weight_T.isfinite()))
@@ -118,7 +118,7 @@ class PreferenceInputs(SampleTokens):
             self._complain(dict(zip([*vectors, "weight"], wrong, strict=True)))
         return Responses(index_S, *(values[name][index_S] for name in vectors))
 
-    def _first_values(self, value_T: Tensor) -> Tensor:
+    def first_values(self, value_T: Tensor) -> Tensor:
         """(S',) the value on the first response token of each sample id; that of token 0 where there is none."""
         size = len(self.sample_ids)
         if not size:

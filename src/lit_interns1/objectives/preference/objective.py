@@ -69,6 +69,16 @@ class PreferenceObjective(ABC):
         Raises:
             ValueError: If shapes do not fit, a vector is missing or not finite, or a pair is not whole.
         """
+        logp_T = self.response_logprobs(scores, inputs)
+        metrics: Metrics = {}
+        return self.loss(logp_T, inputs, metrics), metrics
+
+    def response_logprobs(self, scores: TokenScores, inputs: PreferenceInputs) -> Tensor:
+        """(T,) log π_θ with gradient, 0 outside responses.
+
+        Raises:
+            ValueError: If shapes do not fit or a vector is missing or not finite.
+        """
         name = type(self).__name__
         if scores.logp_T.shape != inputs.sample_ids.shape:
             raise ValueError(
@@ -82,8 +92,7 @@ class PreferenceObjective(ABC):
                     f"{name}: {required} is not finite on {int(wrong_T.sum())} response tokens, the first of sample "
                     f"{int(inputs.sample_ids[wrong_T][0])}"
                 )
-        metrics: Metrics = {}
-        return self.loss(torch.where(inputs.response_mask, scores.logp_T, 0), inputs, metrics), metrics
+        return torch.where(inputs.response_mask, scores.logp_T, 0)
 
 
 class PairObjective(PreferenceObjective):
