@@ -97,6 +97,13 @@ class SampleTokens:
             for i in range(len(sizes))
         ]
 
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Parts one behind another, with sample ids that must be distinct; the inverse of `split`."""
+        columns = [part.fields() for part in parts]
+        fields = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
+        return cls.from_fields(fields, torch.cat([part.sample_ids for part in parts]))
+
     def require(self, names: Iterable[str], what: str) -> None:
         """Raises a ValueError that lists which of the named vectors are missing for `what`."""
         missing = sorted(name for name in names if getattr(self, name) is None)
@@ -119,6 +126,16 @@ class SampleTokens:
     def _samples(self) -> tuple[Tensor, Tensor]:
         ids, index_T = torch.unique(self.sample_ids, return_inverse=True)
         return ids, index_T
+
+    @property
+    def sample_numbers(self) -> Tensor:
+        """(S',) the sample ids that occur, ascending; padding first."""
+        return self._samples[0]
+
+    def sample_values(self, value_T: Tensor) -> Tensor:
+        """(S',) a value that is the same on all tokens of a sample, those of its prompt included."""
+        ids, index_T = self._samples
+        return value_T.new_zeros(len(ids)).index_copy(0, index_T, value_T)
 
     def sample_sums(self, value_T: Tensor) -> Tensor:
         """(S',) sums over the response tokens of each sample id that occurs (padding has one, too)."""

@@ -27,7 +27,9 @@ from lit_interns1.objectives.policy.intern_s1 import InternS1, InternS1Pro
 from lit_interns1.objectives.policy.kl import kl_estimate
 from lit_interns1.objectives.policy.objective import PolicyObjective, WeightedTokenLoss
 from lit_interns1.objectives.policy.oreal import OREAL, TokenRewardLoss, credit_weights, one_pair_per_group
+from lit_interns1.objectives.policy.preparation import RolloutSettings, prepare_updates
 from lit_interns1.objectives.policy.token_advantages import (
+    Advantages,
     DiscountedReturns,
     GeneralizedAdvantages,
     rewards_with_kl,
@@ -37,10 +39,10 @@ from lit_interns1.objectives.policy.token_advantages import (
 from lit_interns1.objectives.policy.value import ValueLoss
 
 __all__ = [
-    "AdvantageEstimator", "CISPO", "ClipCov", "DAPO", "DiscountedReturns", "DrGRPO", "GRPO", "GSPO",
+    "AdvantageEstimator", "Advantages", "CISPO", "ClipCov", "DAPO", "DiscountedReturns", "DrGRPO", "GRPO", "GSPO",
     "GeneralizedAdvantages", "GroupAdvantages", "GroupNormalized", "InternS1", "InternS1Pro", "KLCov", "LeaveOneOut",
     "LengthWeightedBaseline", "OREAL", "PPO", "PassAtK", "PolicyInputs", "PolicyObjective", "RLOO", "RatioObjective",
-    "ReinforcePlusPlus", "RolloutCorrection", "TokenRewardLoss", "ValueLoss", "WeightedTokenLoss", "credit_weights",
-    "kl_estimate", "mismatch_metrics", "off_policy_sequence_mask", "one_pair_per_group", "rewards_with_kl",
-    "sequence_kl", "soft_overlong_penalty", "whiten",
+    "ReinforcePlusPlus", "RolloutCorrection", "RolloutSettings", "TokenRewardLoss", "ValueLoss", "WeightedTokenLoss",
+    "credit_weights", "kl_estimate", "mismatch_metrics", "off_policy_sequence_mask", "one_pair_per_group",
+    "prepare_updates", "rewards_with_kl", "sequence_kl", "soft_overlong_penalty", "whiten",
 ]  # fmt: skip

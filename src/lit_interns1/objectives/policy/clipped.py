@@ -24,15 +24,14 @@ from torch import Tensor
 from lit_interns1.nn.head import TokenScores
 from lit_interns1.objectives.metrics import Metrics, masked_metric
 from lit_interns1.objectives.options import check_choice, check_number
-from lit_interns1.objectives.policy.advantages import AdvantageEstimator, GroupNormalized, LeaveOneOut
+from lit_interns1.objectives.policy.advantages import GroupNormalized, LeaveOneOut
 from lit_interns1.objectives.policy.corrections import RatioLevel, log_ratio_at_level, off_policy_sequence_mask
 from lit_interns1.objectives.policy.inputs import PolicyInputs
 from lit_interns1.objectives.policy.kl import KLType, check_kl_type, kl_estimate
 from lit_interns1.objectives.policy.objective import LossAggregation, PolicyObjective, aggregation_weights
-from lit_interns1.objectives.policy.token_advantages import DiscountedReturns, GeneralizedAdvantages
+from lit_interns1.objectives.policy.token_advantages import Advantages, DiscountedReturns, GeneralizedAdvantages
 
 Surrogate = Literal["clip", "cispo", "reinforce"]
-Advantages = AdvantageEstimator | DiscountedReturns | GeneralizedAdvantages
 
 
 def clip_ratio(ratio_T: Tensor, epsilon_low: float | None, epsilon_high: float | None) -> Tensor:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_interns1.objectives.options import check_number
+from lit_interns1.objectives.policy.advantages import AdvantageEstimator
 from lit_interns1.objectives.policy.inputs import PolicyInputs
 from lit_interns1.objectives.policy.kl import KLType, check_kl_type, kl_estimate
 from lit_interns1.objectives.policy.objective import global_sums
@@ -157,6 +158,10 @@ class GeneralizedAdvantages:
         if self.whiten:
             advantages_T = whiten(advantages_T, inputs.response_mask, process_group)
         return inputs.changed(returns=returns_T, advantages=advantages_T)
+
+
+Advantages = AdvantageEstimator | DiscountedReturns | GeneralizedAdvantages
+"""Estimators of advantages per sample, or per token."""
 
 
 def _discounted(value_SL: Tensor, factor: float) -> Tensor:
