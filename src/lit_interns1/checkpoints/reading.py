@@ -13,6 +13,8 @@ CONFIG_KEY = "language_model_config"
 """Where a checkpoint holds the config of the language model, as plain values."""
 MULTIMODAL_KEY = "multimodal_config"
 """Where a checkpoint of a whole model holds that of all its parts."""
+REWARD_KEY = "reward_model"
+"""Where a checkpoint of a reward model says that it is one, beside the config of its body."""
 
 
 def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -6,7 +6,7 @@ order of the groups, or in that of the module, depending on who wrote it; the pl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -31,13 +31,21 @@ def local_part(whole: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def load_whole_weights(model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
+def load_whole_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True, absent: Collection[str] = ()
+) -> None:
     """Fills a model in place.
+
+    Args:
+        model: The model.
+        weights: Whole tensors by name.
+        strict: Whether the names must be those of the model.
+        absent: Names of the model that the weights lack, and that stay as they are.
 
     Raises:
         ValueError: If names (with `strict`) or shapes differ.
     """
-    own = model.state_dict()
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in absent}
     if strict and (different := own.keys() ^ weights.keys()):
         raise ValueError(f"the checkpoint and the model do not have the same weights: {sorted(different)[:5]} differ")
     for name in own.keys() & weights.keys():

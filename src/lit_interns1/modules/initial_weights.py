@@ -1,6 +1,7 @@
 """Weights that a run starts from: a Hugging Face folder, a GGUF file, or a checkpoint of an earlier run.
 
 Of a checkpoint the language model's weights are taken and nothing else: no optimizer, no clock, no place in the data.
+A reward model takes the body of a language model, and the head of a reward model where there is one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lit_interns1.checkpoints import (
     CONFIG_KEY,
     METADATA_FILE,
     MULTIMODAL_KEY,
+    REWARD_KEY,
     WeightsError,
     config_from_pretrained,
     load_pretrained_weights,
@@ -26,7 +28,7 @@ from lit_interns1.checkpoints.huggingface import LoadedWeights, is_pretrained_fo
 from lit_interns1.checkpoints.whole import load_whole_weights
 from lit_interns1.models import LanguageModelConfig
 from lit_interns1.models.config import config_from_dict, differing_fields
-from lit_interns1.nn.initialization import allocate
+from lit_interns1.nn.initialization import allocate, initialize_parameters
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -48,15 +50,17 @@ def config_of_weights(path: str | Path) -> LanguageModelConfig:
 
 
 def load_weights(
-    model: nn.Module, path: str | Path, device: torch.device | str = "cpu", check_config: bool = True
+    model: nn.Module, path: str | Path, device: torch.device | str = "cpu", check_config: bool = True, seed: int = 0
 ) -> LoadedWeights | None:
     """Fills a model in place, divided over ranks or whole. In a process group all ranks call it.
 
     Args:
-        model: A language model whose tensors are plain, DTensors of any mesh, or on the meta device.
+        model: A language or reward model whose tensors are plain, DTensors of any mesh, or on the meta device.
         path: A Hugging Face folder, a GGUF file, or a checkpoint of `LanguageModelModule` or of a module built on it.
+            For a reward model also a checkpoint of `RewardModelModule`.
         device: Where a model on the meta device goes.
         check_config: Refuse a model with another config than that of the weights.
+        seed: Of the head of a reward model, if there is none in the weights.
 
     Returns:
         What was read; None for a checkpoint.
@@ -65,21 +69,29 @@ def load_weights(
         WeightsError: If they cannot be read or do not fit.
     """
     if not is_checkpoint(path):
-        return load_pretrained_weights(model, path, device, check_config)
+        return load_pretrained_weights(model, path, device, check_config, seed=seed)
     checkpoint = _checkpoint(path)
     differences = differing_fields(checkpoint[CONFIG_KEY], asdict(model.config))  # type: ignore[call-overload]
     if check_config and differences:
         raise WeightsError(f"{path} holds another network (checkpoint → model): " + "; ".join(differences))
+    own_head: tuple[str, ...] = getattr(model, "fresh_weights", ())
+    foreign: tuple[str, ...] = getattr(model, "foreign_weights", ())
+    fresh = () if REWARD_KEY in checkpoint else own_head
+    if REWARD_KEY in checkpoint and not own_head:
+        raise WeightsError(f"{path} holds a reward model, which has no head for a {type(model).__name__}")
     prefix = "model.language_model." if MULTIMODAL_KEY in checkpoint else "model."
     allocate(model, device)
     if Path(path).is_dir():
-        load_sharded({"state_dict": {prefix + name: tensor for name, tensor in model.state_dict().items()}}, path)
-        return None
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    try:
-        load_whole_weights(model, weights)
-    except ValueError as error:
-        raise WeightsError(f"{path}: {error}") from None
+        own = model.state_dict().items()
+        load_sharded({"state_dict": {prefix + name: tensor for name, tensor in own if name not in fresh}}, path)
+    else:
+        weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        weights = {name: tensor for name, tensor in weights.items() if name not in foreign}
+        try:
+            load_whole_weights(model, weights, absent=fresh)
+        except ValueError as error:
+            raise WeightsError(f"{path}: {error}") from None
+    initialize_parameters(model, seed, only=fresh)
     return None
 
 

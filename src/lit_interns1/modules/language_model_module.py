@@ -6,40 +6,31 @@ loss = cross-entropy over tokens + α · balance + α_z · router z, as a `Summe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lit_interns1.callbacks import ExpertBiasUpdate
-from lit_interns1.checkpoints import CONFIG_KEY, MULTIMODAL_KEY, load_sharded, read_checkpoint
-from lit_interns1.checkpoints.huggingface import (
-    LoadedWeights,
-    WeightsError,
-    is_pretrained_folder,
-    load_pretrained_model,
-)
+from lit_interns1.checkpoints import CONFIG_KEY, MULTIMODAL_KEY, REWARD_KEY, load_sharded, read_checkpoint
+from lit_interns1.checkpoints.huggingface import is_pretrained_folder, load_pretrained_model
 from lit_interns1.data.packed_batch import PackedBatch
-from lit_interns1.models import LanguageModel, LanguageModelConfig, preset
-from lit_interns1.models.config import changed, config_from_dict, differing_fields
+from lit_interns1.models import LanguageModel, LanguageModelConfig
+from lit_interns1.models.config import config_from_dict
 from lit_interns1.models.language_model import LanguageModelOutput
-from lit_interns1.modules.counted_module import CountedModule
+from lit_interns1.modules.decoder_module import DecoderModule
 from lit_interns1.modules.frozen_reference import packed_inputs
-from lit_interns1.modules.initial_weights import config_of_weights, load_weights
 from lit_interns1.nn.head import TokenScores
 from lit_interns1.nn.initialization import materialize
 from lit_interns1.nn.moe import BalanceLoss
 from lit_interns1.objectives import NextTokenCrossEntropy
 from lit_interns1.objectives.token_loss_metric import GroupedTokenLoss
 from lit_interns1.optim import TokenSchedule
-from lit_interns1.training import SummedLoss, WindowMeans, token_weight
+from lit_interns1.training import SummedLoss
 
 
-class LanguageModelModule(CountedModule):
+class LanguageModelModule(DecoderModule):
     """Trains a `LanguageModel` on packed batches.
 
     Args:
@@ -62,11 +53,6 @@ class LanguageModelModule(CountedModule):
 
     model: LanguageModel
     """The network; it exists once Lightning (or you) called `configure_model`."""
-    loaded_weights: LoadedWeights | None = None
-    """What was read from `init_weights`."""
-    checkpoint_follows: bool = False
-    """A checkpoint will be loaded, so `init_weights` need not be read. Lightning does not say so in time; the command
-    line sets this. Without it the folder is read first, and the checkpoint goes over it."""
 
     def __init__(
         self,
@@ -82,18 +68,8 @@ class LanguageModelModule(CountedModule):
         decay_embeddings: bool = True,
         init_weights: str | None = None,
     ) -> None:
-        super().__init__(optimizer, schedule, decay_embeddings, seed)
-        if changes and isinstance(config, LanguageModelConfig):
-            raise ValueError(f"changes = {changes} are for presets and folders; write them into the config itself")
-        self.init_weights, self._config_is_theirs = init_weights, config is None and init_weights is not None
-        if self._config_is_theirs:
-            config = config_of_weights(str(init_weights))
-        elif not isinstance(config, LanguageModelConfig):
-            config = preset(config or "tiny-s1-pro")
-        self.config = changed(config, changes or {})
+        super().__init__(config, changes, optimizer, schedule, balance, seed, decay_embeddings, init_weights)
         self.objective = objective or NextTokenCrossEntropy()
-        self.balance = balance or BalanceLoss()
-        self._means = WindowMeans()
         self.validation_loss = GroupedTokenLoss()
         self.source_names: list[str] = []
 
@@ -103,43 +79,10 @@ class LanguageModelModule(CountedModule):
         """The network that the config describes; on the meta device, if that is the default."""
         return LanguageModel(self.config)
 
-    def materialize(self, device: torch.device | str) -> None:
-        """Fills in the initial weights: those of `init_weights`, or random ones. They do not depend on how the model is
-        divided."""
-        try:
-            self.loaded_weights = self.fill(self.model, device)
-        except WeightsError:
-            del self.model  # without memory it cannot be moved, which Lightning would complain about instead
-            raise
-
-    def fill(self, model: nn.Module, device: torch.device | str, weights: str | None = None) -> LoadedWeights | None:
-        """Gives a network of this module's config its initial weights.
-
-        Args:
-            model: The network.
-            device: Where it goes from the meta device.
-            weights: Where they come from; default: from `init_weights`, or else random ones.
-
-        Returns:
-            What was read, if anything was.
-        """
-        found = weights or self.init_weights
-        if found is None or self.checkpoint_follows:
-            materialize(model, device=device, seed=self.seed, std=self.config.initializer_range)
-            return None
-        check = weights is not None or not self._config_is_theirs  # theirs differs by what `changes` says, if at all
-        return load_weights(model, found, device, check)
-
-    def wanted_callbacks(self) -> list[Callback]:
-        """Also the bias of sigmoid routers."""
-        sigmoid = self.config.moe is not None and self.config.moe.router == "sigmoid"
-        return [*super().wanted_callbacks(), *([ExpertBiasUpdate()] if sigmoid else [])]
-
     def setup(self, stage: str) -> None:
         """Checks the vocabulary of the data against the model's, and takes the names of its sources."""
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
-        if data is not None and hasattr(data, "check_vocabulary"):
-            data.check_vocabulary(self.config.vocab_size)
         self.source_names = list(getattr(data, "source_names", []))
         self.validation_loss = GroupedTokenLoss(max(1, len(self.source_names)))
 
@@ -174,19 +117,7 @@ class LanguageModelModule(CountedModule):
         hint = self.objective.gradient_hint(batch.labels, batch.sample_id_T)
         output = self(batch, targets=batch.labels, gradient_hint=hint)
         loss, _ = self.objective(output.scores, batch.labels, batch.sample_id_T)
-        values = {"train/loss": loss.mean}
-        auxiliary, parts = self.balance(output.router_stats)
-        if auxiliary is not None:
-            loss = loss.plus_mean(auxiliary, token_weight(loss.count, output.router_stats[0].num_tokens))
-            values |= {f"train/{name}": value for name, value in parts.items()}
-        self._means.add(values, loss.count)
-        return loss
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Logs the means over the optimizer step."""
-        for name, value in self._means.reduce().items():
-            self.log(name, value, prog_bar=name == "train/loss")
-        self.balance.start_step()
+        return self.finished_loss(loss, {}, output.router_stats)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Tensor]:
         """Adds the batch to the validation loss; returns `token_loss_T` (T,), nats, for callbacks that weigh tokens."""
@@ -218,28 +149,14 @@ class LanguageModelModule(CountedModule):
         """Log-probabilities of the labels and where they belong: (T,) each."""
         return {"log_probs": self.token_scores(batch).logp_T, "labels": batch.labels, **batch.token_fields}
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the model's config."""
-        checkpoint[CONFIG_KEY] = asdict(self.config)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another architecture, naming the fields that differ."""
-        saved = checkpoint.get(CONFIG_KEY)
-        if saved is None:
-            raise ValueError(f"the checkpoint has no {CONFIG_KEY!r}: it was not written by LanguageModelModule")
-        differences = differing_fields(saved, asdict(self.config))
-        if differences:
-            raise ValueError("the checkpoint holds another architecture (saved → present): " + "; ".join(differences))
-
 
 def load_language_model(path: str | Path, device: torch.device | str = "cpu") -> LanguageModel:
     """The language model of a checkpoint (one file or sharded), a Hugging Face folder or a GGUF file, in eval mode.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
-        ValueError: As `read_checkpoint`, or if the checkpoint was not written by `LanguageModelModule`.
+        ValueError: As `read_checkpoint`, or if the checkpoint was not written by `LanguageModelModule`, or holds a
+            reward model.
         WeightsError: If it is a Hugging Face folder or a GGUF file that cannot be read.
     """
     if is_pretrained_folder(path):
@@ -247,6 +164,8 @@ def load_language_model(path: str | Path, device: torch.device | str = "cpu") ->
     checkpoint = read_checkpoint(path, device)
     if CONFIG_KEY not in checkpoint:
         raise ValueError(f"checkpoint {path} has no {CONFIG_KEY!r}: it was not written by LanguageModelModule")
+    if REWARD_KEY in checkpoint:
+        raise ValueError(f"checkpoint {path} holds a reward model: see modules.reward_model_module.load_reward_model")
     with torch.device("meta"):
         model = LanguageModel(config_from_dict(checkpoint[CONFIG_KEY]))
     prefix = "model.language_model." if MULTIMODAL_KEY in checkpoint else "model."

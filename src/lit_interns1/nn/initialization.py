@@ -10,6 +10,7 @@ beside its own shard.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -100,13 +101,16 @@ def _fill(parameter: Tensor, name: str, distribution: Distribution, seed: int) -
         local.copy_(draw_normal(f"{seed}:{name}", tuple(parameter.shape), distribution.std)[window])
 
 
-def initialize_parameters(model: nn.Module, seed: int = 0, std: float = 0.02) -> None:
+def initialize_parameters(
+    model: nn.Module, seed: int = 0, std: float = 0.02, only: Collection[str] | None = None
+) -> None:
     """Gives every parameter its starting value in place and recomputes computed buffers.
 
     Args:
         model: Any module; parameters may be DTensors of any mesh. Names are those of `model.named_parameters()`.
         seed: Start of every key.
         std: Standard deviation of linear, convolution and embedding weights whose module does not say otherwise.
+        only: Names of parameters; all else, buffers too, stays as it is. None = everything.
 
     Raises:
         TypeError: If a module holds a parameter and nobody says how it starts.
@@ -118,8 +122,9 @@ def initialize_parameters(model: nn.Module, seed: int = 0, std: float = 0.02) ->
                 continue
             seen.add(id(parameter))
             full_name = f"{prefix}.{name}" if prefix else name
-            _fill(parameter, full_name, _distribution(module, name, std), seed)
-        if isinstance(module, HasComputedBuffers):
+            if only is None or full_name in only:
+                _fill(parameter, full_name, _distribution(module, name, std), seed)
+        if only is None and isinstance(module, HasComputedBuffers):
             module.reset_buffers()
 
 

@@ -3,6 +3,7 @@
     files  =  what the model needs, once  ∪  scales of FP8 tensors  ∪  parts of the layout that the model lacks
     model  =  parameters and saved buffers, each filled completely
 
+A reward model starts its head afresh where the files lack it, and passes over the head of a language model.
 Anything else ends with a table of what is missing, unexpected, twice there, or of another shape or type.
 """
 
@@ -42,10 +43,12 @@ class WeightPlan:
     Attributes:
         sources: One for every tensor of the model.
         elsewhere: Number of tensors that are no part of the model, by the pattern of the layout that says so.
+        fresh: Tensors of the model that the files lack and that may start afresh (`fresh_weights` of the model).
     """
 
     sources: tuple[Source, ...]
     elsewhere: dict[str, int]
+    fresh: tuple[str, ...] = ()
 
 
 def saved_tensors(model: nn.Module) -> dict[str, tuple[Tensor, list[str]]]:
@@ -64,19 +67,19 @@ def plan_weights(model: nn.Module, files: WeightFiles, layout: Layout) -> Weight
     Raises:
         WeightsError: With a table of all that does not fit.
     """
-    audit = _Audit(files, layout)
+    audit = _Audit(files, layout, getattr(model, "fresh_weights", ()))
     tensors = saved_tensors(model)
     chosen = [audit.choose(tuple(tensor.shape), names) for tensor, names in tensors.values()]
     sources = [audit.source(choice) for choice in chosen if choice is not None]
     audit.check_scales()
-    elsewhere = audit.count_elsewhere(tensors)
+    elsewhere = audit.count_elsewhere(tensors, getattr(model, "foreign_weights", ()))
     if audit.problems:
         raise WeightsError(
             f"{files.folder} (layout {layout.name}) does not fit the model: {counted(audit.problems)}; nothing was "
             "read:",
             audit.problems,
         )
-    return WeightPlan(tuple(source for source in sources if source is not None), elsewhere)
+    return WeightPlan(tuple(source for source in sources if source is not None), elsewhere, tuple(audit.fresh))
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,9 @@ class _Choice:
 class _Audit:
     """Walks through the tensors of a model and notes what does not fit."""
 
-    def __init__(self, files: WeightFiles, layout: Layout) -> None:
-        self.files, self.layout = files, layout
+    def __init__(self, files: WeightFiles, layout: Layout, may_be_fresh: Collection[str]) -> None:
+        self.files, self.layout, self._may_be_fresh = files, layout, may_be_fresh
+        self.fresh: list[str] = []
         self.problems: list[Problem] = []
         self._claimed: set[str] = set()
         self._transposed: Counter[bool] = Counter()
@@ -105,12 +109,15 @@ class _Audit:
         """Decides by the keys, and where they leave it open by the shapes, how the files spell a tensor."""
         name = names[0]
         groups = [group for group in (self.layout.spellings(one) for one in names) if group]
-        if not groups:
-            self._report("missing", name, f"{shape}: files of the layout {self.layout.name} do not hold it")
-            return None
         keys = {spelling: _keys(spelling, shape) for group in groups for spelling in group}
         present = [[s for s in group if not self.files.tensors.keys().isdisjoint(keys[s])] for group in groups]
         found = [spelling for group in present for spelling in group]
+        if not found and name in self._may_be_fresh:
+            self.fresh.append(name)
+            return None
+        if not groups:
+            self._report("missing", name, f"{shape}: files of the layout {self.layout.name} do not hold it")
+            return None
         if not found:
             for key in keys[groups[0][0]]:
                 self._report("missing", key, f"needed by {name} {shape}")
@@ -170,12 +177,18 @@ class _Audit:
                 self._report("type", scale_key, f"{scale.dtype} is not one of {', '.join(SCALE_TYPES)}")
         self._claimed.update(key + SCALE_SUFFIX for key in scaled)
 
-    def count_elsewhere(self, names: Collection[str]) -> dict[str, int]:
-        """Tensors that nobody has claimed, by the pattern that allows them beside tensors of ours with these names."""
+    def count_elsewhere(self, names: Collection[str], foreign: Collection[str]) -> dict[str, int]:
+        """Tensors that nobody has claimed, by the pattern that allows them beside tensors of ours with these names.
+
+        Args:
+            names: What the model has.
+            foreign: What other models of the kind have, and this one passes over; by name in those models.
+        """
         counts: Counter[str] = Counter()
+        passed = {key for name in foreign for spelling in self.layout.spellings(name) for key in spelling.keys}
         parts = {self.layout.part_of(name).ours for name in names}
         for key in sorted(self.files.tensors.keys() - self._claimed):
-            if (pattern := self.layout.elsewhere(key, parts)) is not None:
+            if (pattern := key if key in passed else self.layout.elsewhere(key, parts)) is not None:
                 counts[pattern] += 1
             else:
                 stored = self.files.tensors[key]

@@ -51,6 +51,8 @@ _STACKED, _STACKED_TRANSPOSED = (
 )
 _SPARSE = (_PER_EXPERT, _STACKED)
 """As published, and as transformers 5 holds it in memory."""
+_VALUE_HEADS = ("score.weight", "v_head.weight")
+"""Of a reward model: as transformers' classes for sequence classification name it, and as InternLM's reward models."""
 _MIXTRAL = _LAYER + "block_sparse_moe."
 _MIXTRAL_EXPERTS = tuple(
     (_EXPERTS + ours, Spelling(tuple(f"{_MIXTRAL}experts.{{expert}}.{key}.weight" for key in theirs)))
@@ -148,6 +150,7 @@ def _decoder(
             for name, spelling in form:
                 stacks[name] = stacks.get(name, ()) + spelled(spelling)
         rules += [Rule(name, spellings) for name, spellings in stacks.items()]
+    rules.append(Rule("value_head.weight", tuple(Spelling((p.head + key,)) for p in prefixes for key in _VALUE_HEADS)))
     keys = tuple(prefix for p in prefixes for prefix in (p.body, p.head + "lm_head."))
     return Part("language_model.", tuple(rules), keys)
 

@@ -34,7 +34,7 @@ from lit_interns1.checkpoints.huggingface.rules import Piece
 from lit_interns1.checkpoints.huggingface.sources import held_window, inside
 from lit_interns1.models import LanguageModel, LanguageModelConfig, MultimodalConfig, MultimodalModel
 from lit_interns1.models.config import differing_fields
-from lit_interns1.nn.initialization import allocate
+from lit_interns1.nn.initialization import allocate, initialize_parameters
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class LoadedWeights:
         bytes_hashed: Bytes that this rank hashed beside that, to compare files with their checksums.
         nonfinite: How many numbers of a tensor are NaN or infinite in the model's type, by its name in the model, where
             there are any. Counted over all ranks; what several ranks hold counts once.
+        fresh: Tensors that the files lack and that started afresh, such as the head of a reward model.
     """
 
     tensors: int
@@ -62,6 +63,7 @@ class LoadedWeights:
     elsewhere: dict[str, int]
     bytes_hashed: int = 0
     nonfinite: dict[str, int] = field(default_factory=dict)
+    fresh: tuple[str, ...] = ()
 
 
 def load_pretrained_weights(
@@ -70,17 +72,19 @@ def load_pretrained_weights(
     device: torch.device | str = "cpu",
     check_config: bool = True,
     verify_checksums: bool = True,
+    seed: int = 0,
 ) -> LoadedWeights:
     """Fills a model in place with the weights of a Hugging Face folder. In a process group all ranks call it.
 
     Args:
-        model: A language model whose tensors are plain, DTensors of any mesh, or on the meta device.
+        model: A language or reward model whose tensors are plain, DTensors of any mesh, or on the meta device.
         folder: Holds config.json and safetensors files, or is a GGUF file; all ranks see the same ones.
         device: Where a model on the meta device goes.
         check_config: Refuse a model whose config gives the weights another meaning than config.json does, such as
             another base of the rotation. False for one that was changed on purpose.
         verify_checksums: Compare the files with the SHA-256 sums of their index, if it has any; the ranks share the
             work, each file being hashed by one of them.
+        seed: Of tensors that the files lack and that the model may start afresh.
 
     Raises:
         WeightsError: If the folder cannot be read or does not fit. The model is unchanged, unless the message says that
@@ -88,7 +92,7 @@ def load_pretrained_weights(
     """
     with together():
         pretrained, files = open_pretrained(folder)
-    return _load(model, pretrained, files, device, check_config, verify_checksums)
+    return _load(model, pretrained, files, device, check_config, verify_checksums, seed)
 
 
 def load_pretrained_model(
@@ -144,6 +148,7 @@ def _load(
     device: torch.device | str,
     check_config: bool,
     verify_checksums: bool,
+    seed: int = 0,
 ) -> LoadedWeights:
     with together():
         config = getattr(model, "config", None)
@@ -165,13 +170,16 @@ def _load(
                 found |= _fill(tensors[source.name][0], source, files)
         except WeightsError as error:
             raise WeightsError(f"reading broke off, the model is filled in part: {error}") from None
+        initialize_parameters(model, seed, only=plan.fresh)
     nonfinite: dict[str, int] = {}
     for (name, _), count in {key: count for part in gather(found) for key, count in part.items()}.items():
         nonfinite[name] = nonfinite.get(name, 0) + count
-    loaded = LoadedWeights(len(plan.sources), files.bytes_read, plan.elsewhere, bytes_hashed, nonfinite)
+    loaded = LoadedWeights(len(plan.sources), files.bytes_read, plan.elsewhere, bytes_hashed, nonfinite, plan.fresh)
     if this_rank()[0] == 0:
         for pattern, count in plan.elsewhere.items():
             _log.warning("%s: %d tensors %s are not part of this model and were not read", files.folder, count, pattern)
+        for name in plan.fresh:
+            _log.info("%s does not hold %s: it starts afresh", files.folder, name)
         for name, count in nonfinite.items():
             _log.warning("%s: %d numbers of %s are NaN or infinite", files.folder, count, name)
         _log.info("%s: read %d tensors, %.3f GB", files.folder, loaded.tensors, loaded.bytes_read / 1e9)
