@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lit_interns1.data.order import RowOrder
     from lit_interns1.data.packed_batch import IGNORED_LABEL, PackedBatch
     from lit_interns1.data.packing import PackingPlan, pack_documents, plan_rows
+    from lit_interns1.data.preference_data_module import PreferenceDataModule
+    from lit_interns1.data.preferences import PreferenceSource
     from lit_interns1.data.rows import RowReader
     from lit_interns1.data.sources import SourceError, TextSource
     from lit_interns1.data.text_data_module import TextDataModule
@@ -33,6 +35,8 @@ _HOME = {
     "NativeVisuals": "conversation_media",
     "PackedBatch": "packed_batch",
     "PackingPlan": "packing",
+    "PreferenceDataModule": "preference_data_module",
+    "PreferenceSource": "preferences",
     "RandomAffine": "conversation_media",
     "ResumableLoader": "loader",
     "RowOrder": "order",
@@ -60,6 +64,8 @@ __all__ = [
     "NativeVisuals",
     "PackedBatch",
     "PackingPlan",
+    "PreferenceDataModule",
+    "PreferenceSource",
     "RandomAffine",
     "ResumableLoader",
     "RowOrder",

@@ -100,15 +100,21 @@ def tokens_of_style(style: str | MediaTokens) -> MediaTokens:
     return STYLES[style]
 
 
-def with_media_tokens(tokenizer: TextTokenizer, tokens: MediaTokens) -> TextTokenizer:
+def with_media_tokens(tokenizer: TextTokenizer, tokens: MediaTokens, turns_only: bool = False) -> TextTokenizer:
     """The tokenizer with all tokens: itself if it has them, else a copy with the missing ones behind its vocabulary.
 
     They stand there in the order of `MediaTokens`.
 
+    Args:
+        tokenizer: The tokenizer.
+        tokens: What it shall have.
+        turns_only: Add only those that mark turns.
+
     Raises:
         TokenizerError: If some are missing in a tokenizer whose ids do not end with those of the wrapped one.
     """
-    missing = [name for name in tokens.names if tokenizer.tokenizer.token_to_id(name) is None]
+    wanted = [tokens.turn_start, tokens.turn_end] if turns_only else tokens.names
+    missing = [name for name in wanted if tokenizer.tokenizer.token_to_id(name) is None]
     if not missing:
         return tokenizer
     if type(tokenizer) is not TextTokenizer:

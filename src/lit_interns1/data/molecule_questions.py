@@ -45,7 +45,8 @@ QUESTIONS: tuple[tuple[str, Callable[[Molecule], str]], ...] = (
 
 
 @cache
-def _molecules() -> list[str]:
+def shuffled_molecules() -> list[str]:
+    """All molecules in a random order that is always the same."""
     with gzip.open(BUNDLED_FOLDER / MOLECULE_FILE, "rt", encoding="ascii") as stream:
         written = stream.read().split()
     return [written[place] for place in np.random.default_rng(50).permutation(len(written))]
@@ -58,7 +59,7 @@ def molecule_question(index: int, training: bool) -> tuple[str, str]:
         index: Its number, from 0.
         training: Whether it is of the training set, which begins at the other end of the order.
     """
-    molecules = _molecules()
+    molecules = shuffled_molecules()
     written = molecules[index if training else len(molecules) - 1 - index]
     question, answer = QUESTIONS[index % len(QUESTIONS)]
     return question.format(written), answer(parse_smiles(written))

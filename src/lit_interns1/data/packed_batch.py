@@ -19,6 +19,10 @@ from lit_interns1.nn.media import MediaItems
 IGNORED_LABEL = -100
 """Label of a position without loss."""
 
+INDEX_FIELDS = frozenset({"pair_ids"})
+"""Token fields that number things within a batch; negative = none. Like sample ids, they stay distinct when batches are
+put behind one another."""
+
 
 @dataclass
 class PackedBatch:
@@ -110,7 +114,7 @@ class PackedBatch:
             num_tokens=sum(row.num_tokens for row in rows),
             num_loss_tokens=sum(row.num_loss_tokens for row in rows),
             max_seqlen=max(row.max_seqlen for row in rows),
-            token_fields={name: torch.cat([row.token_fields[name] for row in rows]) for name in names},
+            token_fields={name: _joined(name, [row.token_fields[name] for row in rows]) for name in names},
             media={kind: MediaItems.joined(*zip(*parts, strict=True)) for kind, parts in media.items()},
         )
 
@@ -192,3 +196,14 @@ class PackedBatch:
                 )
             )
         return parts
+
+
+def _joined(name: str, values: Sequence[Tensor]) -> Tensor:
+    """A token field of several batches behind one another."""
+    if name not in INDEX_FIELDS:
+        return torch.cat(list(values))
+    shifted, used = [], 0
+    for value in values:
+        shifted.append(torch.where(value >= 0, value + used, value))
+        used += int(value.max()) + 1 if value.numel() else 0
+    return torch.cat(shifted)
