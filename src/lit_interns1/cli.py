@@ -25,6 +25,8 @@ PAGE_COMMANDS: dict[str, tuple[str, str]] = {
     "lr-search": ("lit_interns1.commands.lr_search", "the best learning rate of a config; the law of several"),
     "batch-size-law": ("lit_interns1.commands.batch_size_law", "from runs at several batch sizes to a schedule of it"),
     "batch-size-branch": ("lit_interns1.commands.batch_size_branch", "the critical batch size at a checkpoint"),
+    "data": ("lit_interns1.commands.rank_surprisal", "which responses suit a student model: rank-surprisal"),
+    "vote": ("lit_interns1.commands.vote", "pass@k and votes among sampled answers"),
     "report": ("lit_interns1.commands.report", "one HTML page about a run, from its local logs"),
     "dashboard": ("lit_interns1.commands.dashboard", "the matching W&B workspace, as a file or uploaded"),
 }

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from lit_interns1.commands.arguments import appending
+
+if TYPE_CHECKING:
+    from lit_interns1.data import TextTokenizer
+    from lit_interns1.models import LanguageModel
 
 _REPEATED = ("--image", "--time_series")
 """Options that may be given several times."""
@@ -17,11 +23,8 @@ def run(arguments: Sequence[str]) -> None:
     """Parses the arguments of the command; `--image a --image b` means both."""
     from jsonargparse import auto_cli
 
-    appended = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        appended.append(f"{name}+{equals}{value}" if name in _REPEATED else argument)
-    auto_cli(generate_text, args=appended, as_positional=False, prog="lit-interns1 generate")
+    repeated = appending(arguments, _REPEATED)
+    auto_cli(generate_text, args=repeated, as_positional=False, prog="lit-interns1 generate")
 
 
 def find_tokenizer(checkpoint: Path, tokenizer: str | None) -> str:
@@ -40,6 +43,26 @@ def find_tokenizer(checkpoint: Path, tokenizer: str | None) -> str:
         if (directory / "tokenizer.json").is_file():
             return str(directory / "tokenizer.json")
     raise FileNotFoundError(f"no tokenizer.json beside {checkpoint} or in its run directory: name one with --tokenizer")
+
+
+def model_and_tokenizer(
+    checkpoint: Path, tokenizer: str | None, device: str = "cpu"
+) -> tuple[LanguageModel, TextTokenizer]:
+    """The language model of a checkpoint, in eval mode, and its tokenizer; see `find_tokenizer`.
+
+    Raises:
+        ValueError: If the tokenizer has more entries than the model's vocabulary.
+    """
+    from lit_interns1.data import load_tokenizer
+    from lit_interns1.modules.language_model_module import load_language_model
+
+    model = load_language_model(checkpoint, device)
+    encoder = load_tokenizer(find_tokenizer(checkpoint, tokenizer))
+    if encoder.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {encoder.vocab_size} entries, the model's vocabulary only {model.config.vocab_size}"
+        )
+    return model, encoder
 
 
 def generate_text(
@@ -108,9 +131,7 @@ def continue_prompt(
     """Prompt and continuation as text, one per sample, or answers of a whole model; arguments as in `generate_text`."""
     from lit_interns1.checkpoints.huggingface import end_of_text_ids, is_pretrained_folder
     from lit_interns1.commands.multimodal_prompt import check_kinds, is_multimodal
-    from lit_interns1.data import load_tokenizer
     from lit_interns1.models import generate
-    from lit_interns1.modules.language_model_module import load_language_model
 
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed,
@@ -118,12 +139,7 @@ def continue_prompt(
     if is_multimodal(checkpoint, bool(image or time_series)):
         return _answer(checkpoint, prompt, tokenizer, num_samples, device, image, time_series, sampling_rate, sampling)
     check_kinds(checkpoint, ["image"] * bool(image) + ["time_series"] * bool(time_series), ())
-    model = load_language_model(checkpoint, device)
-    encoder = load_tokenizer(find_tokenizer(checkpoint, tokenizer))
-    if encoder.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {encoder.vocab_size} entries, the model's vocabulary only {model.config.vocab_size}"
-        )
+    model, encoder = model_and_tokenizer(checkpoint, tokenizer, device)
     # documents end with the end-of-text token, so it is also what stands before a new one
     ids = encoder.encode(prompt) or [encoder.end_of_text_id]
     stop_ids = [encoder.end_of_text_id]

@@ -181,15 +181,7 @@ class TextSource:
         return iter(["".join(line for _, line in _decoded_lines(path))])
 
     def _read_json_lines(self, path: Path, fields_seen: set[str]) -> Iterator[str]:
-        for number, line in _decoded_lines(path):
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise SourceError(f"{path}, line {number}: not valid JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise SourceError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+        for number, line, row in json_objects(path):
             fields_seen.update(row)
             text = row.get(self.text_field)
             if text is not None and not isinstance(text, str):
@@ -299,6 +291,25 @@ def _decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line.replace("\r\n", "\n")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SourceError(f"{path}: truncated or damaged gzip file, after line {number} ({error})") from None
+
+
+def json_objects(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """The objects of a JSONL file (also `.gz`), each with the number of its line, from 1, and the line; empty lines are
+    left out.
+
+    Raises:
+        SourceError: At the first line that is no JSON object in UTF-8.
+    """
+    for number, line in _decoded_lines(path):
+        if line.isspace():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise SourceError(f"{path}, line {number}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise SourceError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+        yield number, line, row
 
 
 def _split(lines: Iterator[tuple[int, str]], separator: str) -> Iterator[str]:
