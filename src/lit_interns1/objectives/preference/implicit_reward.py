@@ -51,7 +51,7 @@ def implicit_reward_utility(u: Tensor, divergence: RewardDivergence, clip: float
         "forward_kl": (1.0 / clip - 1.0, math.inf),
     }[divergence]
     inside = u.clamp(low, high)
-    outside = clip * ((u - low).clamp(max=0.0) - (u - high).clamp(min=0.0))
+    outside = torch.where(u < low, clip * (u - low), torch.where(u > high, -clip * (u - high), 0.0))
     if divergence == "pearson":
         return inside - inside.square() / 4.0 + outside
     if divergence == "hellinger":

@@ -38,7 +38,8 @@ class KTO(PreferenceObjective):
     Args:
         beta: β > 0: how strongly the policy is held to the reference.
         desirable_weight: λ_D ≥ 0.
-        undesirable_weight: λ_U ≥ 0. The paper holds λ_D n_D/(λ_U n_U) between 1 and 4/3 (Eq. 8), n: responses in the data.
+        undesirable_weight: λ_U ≥ 0. The paper holds λ_D n_D/(λ_U n_U) between 1 and 4/3 (Eq. 8), n: responses of the
+            data.
         baseline: "none" takes z0 = 0 and needs no mismatched responses (APO-zero, arXiv 2408.06266).
 
     Raises:
