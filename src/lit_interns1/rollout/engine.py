@@ -30,11 +30,13 @@ class EngineCapabilities:
             "none".
         routed_experts: Whether it records routing.
         concurrent: Whether it generates while the trainer computes, so that rollouts may overlap with updates.
+        copies_weights: Whether it has weights of its own, which must be brought up to date.
     """
 
     logprobs: LogprobsKind = "sampling"
     routed_experts: bool = False
     concurrent: bool = False
+    copies_weights: bool = False
 
 
 @runtime_checkable
