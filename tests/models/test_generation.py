@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lit_interns1.models import LanguageModel, generate, preset
-from lit_interns1.models.generation import _draw, sampling_log_probs
+from lit_interns1.models.sampling import draw, sampling_log_probs
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
 
@@ -68,12 +68,12 @@ def test_draws_follow_the_distribution():
     probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3, 0.0])
     count = 20000
     uniforms = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn = _draw(probabilities.log().expand(count, 5), uniforms)
+    drawn = draw(probabilities.log().expand(count, 5), uniforms)
     share = torch.bincount(drawn, minlength=5) / count
     torch.testing.assert_close(share, probabilities, atol=0.012, rtol=0)
     assert share[1] == share[4] == 0
     edges = torch.tensor([0.0, 1.0 - 1e-17], dtype=torch.float64)
-    assert _draw(probabilities.log().expand(2, 5), edges).tolist() == [0, 3]
+    assert draw(probabilities.log().expand(2, 5), edges).tolist() == [0, 3]
 
 
 @pytest.mark.parametrize(

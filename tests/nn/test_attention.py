@@ -70,26 +70,33 @@ def test_no_tokens_and_wrong_boundaries():
         DocumentAttention(torch.tensor([0, 5]), "flash")
 
 
-def test_cache_in_pieces_equals_attention_at_once():
-    totals, first = [9, 4, 13], [6, 1, 10]
+def test_cached_steps_equal_attention_at_once():
+    totals = [9, 4, 11]  # two sequences start and decode, a third one joins while they go on
+    steps = [(0, [6, 1]), (2, []), (2, [10]), (3, [])]  # sequences that decode, lengths of the prompts behind them
     q, k, v = random_qkv(sum(totals))
-    expected = oracle(q, k, v, totals).split(totals)
     sequences = [x.split(totals) for x in (q, k, v)]
-    cache = KeyValueCache(1, 3, 16, num_kv_heads=2, head_dim=16)
-    done = [0, 0, 0]
-    pieces = [[], [], []]
-    for new in (first, [1, 1, 1], [2, 2, 2]):  # prompts, one token each, several tokens each
-        attend = CachedAttention(cache, torch.tensor(new))
-        assert attend.position_ids_T.tolist() == [p for s in range(3) for p in range(done[s], done[s] + new[s])]
-        flat = [torch.cat([x[s][done[s] : done[s] + new[s]] for s in range(3)]) for x in sequences]
+    cache = KeyValueCache(1, num_slots=4, max_length=12)
+    done, pieces = [0, 0, 0], [[], [], []]
+    for decoding, prompts in steps:
+        new = [1] * decoding + prompts
+        past = torch.tensor(done[:decoding], dtype=torch.int64)
+        slots = [(decoding + i, length) for i, length in enumerate(prompts)]
+        attend = CachedAttention(cache, past, max(done[:decoding], default=0), slots)
+        assert attend.position_ids_T.tolist() == [p for s, n in enumerate(new) for p in range(done[s], done[s] + n)]
+        flat = [torch.cat([x[s][done[s] : done[s] + n] for s, n in enumerate(new)]) for x in sequences]
         for s, piece in enumerate(attend(0, *flat).split(new)):
             pieces[s].append(piece)
-        done = [a + b for a, b in zip(done, new, strict=True)]
+            done[s] += new[s]
     assert done == totals
-    for s in range(3):
-        torch.testing.assert_close(torch.cat(pieces[s]).double(), expected[s], atol=2e-5, rtol=1e-4)
-    picked = cache.select(torch.tensor([2, 0, 0]))
-    assert picked.lengths.tolist() == [13, 9, 9]
-    assert torch.equal(picked.keys[:, 1], cache.keys[:, 0])
-    with pytest.raises(ValueError, match="17 tokens does not fit into a cache of 16"):
-        CachedAttention(cache, torch.tensor([1, 1, 4]))
+    for piece, expected in zip(pieces, oracle(q, k, v, totals).split(totals), strict=True):
+        torch.testing.assert_close(torch.cat(piece).double(), expected, atol=2e-5, rtol=1e-4)
+    cache.copy(2, [3, 0], 7)
+    for whole, rows in ((cache.keys[0], k), (cache.values[0], v)):
+        third = rows.split(totals)[2]
+        assert torch.equal(whole[3, :7], third[:7])
+        assert torch.equal(whole[0, :7], third[:7])
+        assert torch.equal(whole[2, :11], third)
+    with pytest.raises(ValueError, match="13 tokens does not fit into a cache of 12"):
+        CachedAttention(cache, torch.tensor([9, 4, 12]), 12)
+    with pytest.raises(ValueError, match="14 tokens does not fit into a cache of 12"):
+        CachedAttention(cache, torch.tensor([9]), 9, [(1, 14)])

@@ -1,10 +1,14 @@
-"""Keys and values of past tokens, for generation.
+"""Keys and values of past tokens, for generation: a slot per sequence, allocated once and used again and again.
 
-Tokens stay flat, as in training: a step brings tokens of any sequences at any positions, `CachedAttention` writes their
-keys and values into the slots of their sequences, and attends. Prompts of different lengths need no padding.
+    slot s:  k_0 … k_{n−1} of the sequence that holds it; what lies behind is masked
+
+Sequences that decode sit in the first slots, so that attention reads views of the cache and copies nothing. A step may
+also bring whole prompts, flat and without padding; they attend among themselves, and are written into free slots.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,93 +17,106 @@ from lit_interns1.nn.document_attention import AttentionBackend, DocumentAttenti
 
 
 class KeyValueCache:
-    """Preallocated keys and values of a batch of sequences.
+    """Preallocated keys and values. A layer's memory is taken when it is first written, in the dtype of its keys.
 
     Args:
         num_layers: Layers of the model.
-        num_sequences: B, sequences side by side.
+        num_slots: Sequences side by side.
         max_length: Tokens per sequence that fit.
-        num_kv_heads: Key/value heads.
-        head_dim: d.
-        dtype: Of keys and values.
-        device: Where they live.
 
     Attributes:
-        lengths: (B,) int64, tokens stored per sequence.
+        keys: By layer, (slots, tokens, key/value heads, d); None before the first write.
+        values: As `keys`.
     """
 
-    def __init__(
-        self, num_layers: int, num_sequences: int, max_length: int, num_kv_heads: int, head_dim: int,
-        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-    ) -> None:  # fmt: skip
-        shape = (num_layers, num_sequences, max_length, num_kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(num_sequences, dtype=torch.int64, device=device)
+    def __init__(self, num_layers: int, num_slots: int, max_length: int) -> None:
+        self.num_slots, self.max_length = num_slots, max_length
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
 
-    @property
-    def max_length(self) -> int:
-        """Tokens per sequence that fit."""
-        return self.keys.shape[2]
+    def write(self, layer: int, place_T: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores keys and values of tokens, and gives all of the layer's.
 
-    def select(self, sequences_B: Tensor) -> KeyValueCache:
-        """A cache of only these sequences, in this order (repeats share a prompt's prefix among samples)."""
-        selected = object.__new__(KeyValueCache)
-        selected.keys = self.keys.index_select(1, sequences_B)
-        selected.values = self.values.index_select(1, sequences_B)
-        selected.lengths = self.lengths.index_select(0, sequences_B)
-        return selected
+        Args:
+            layer: Which.
+            place_T: (T,) slot · max_length + position.
+            k_TGd: (T, key/value heads, d).
+            v_TGd: As `k_TGd`.
+        """
+        result = []
+        for stored, new in ((self.keys, k_TGd), (self.values, v_TGd)):
+            whole = stored[layer]
+            if whole is None:
+                # zeros, because what is masked still takes part in products: 0 · NaN would be NaN
+                shape = (self.num_slots, self.max_length, *new.shape[1:])
+                whole = stored[layer] = torch.zeros(shape, dtype=new.dtype, device=new.device)
+            whole.view(-1, *new.shape[1:]).index_copy_(0, place_T, new)
+            result.append(whole)
+        return result[0], result[1]
+
+    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Copies the first `length` tokens of a slot into others."""
+        for whole in (*self.keys, *self.values):
+            if whole is not None:
+                for target in targets:
+                    whole[target, :length] = whole[source, :length]
 
 
 class CachedAttention:
-    """Attention of new tokens to their sequences' past and to one another; writes them into the cache.
+    """Attention of one step: one new token for each of the first sequences, then whole prompts; writes both.
 
     Args:
-        cache: Where the past is; `lengths` is advanced by this object's construction.
-        new_lengths: (B,) int64, new tokens per sequence. The flat tokens are ordered by sequence, then by position.
-        backend: Back-end for prompts that start at an empty cache.
+        cache: Where the past is.
+        past_B: (B,) int64, tokens that slots 0 … B−1 hold; their new tokens come first.
+        longest: The largest of them, known to the host.
+        prompts: (slot, tokens) of every prompt behind them.
+        backend: Back-end for prompts.
+
+    Attributes:
+        position_ids_T: (T,) positions of the new tokens in their sequences.
+        place_T: (T,) their places in the cache, slot · max_length + position.
 
     Raises:
         ValueError: If a sequence outgrows the cache.
     """
 
-    def __init__(self, cache: KeyValueCache, new_lengths: Tensor, backend: AttentionBackend = "sdpa") -> None:
-        self.cache = cache
-        past = cache.lengths.clone()
-        total = past + new_lengths
-        self._longest = int(total.max()) if total.numel() else 0
-        if self._longest > cache.max_length:
-            raise ValueError(f"a sequence of {self._longest} tokens does not fit into a cache of {cache.max_length}")
-        device = cache.lengths.device
-        self._sequence_T = torch.repeat_interleave(torch.arange(len(past), device=device), new_lengths)
-        starts = torch.cumsum(new_lengths, 0) - new_lengths
-        offset_T = torch.arange(len(self._sequence_T), device=device) - starts[self._sequence_T]
-        self.position_ids_T = past[self._sequence_T] + offset_T
-        """(T,) positions of the new tokens in their sequences."""
-        self._one_each = bool((new_lengths == 1).all())
+    def __init__(
+        self, cache: KeyValueCache, past_B: Tensor, longest: int, prompts: Sequence[tuple[int, int]] = (),
+        backend: AttentionBackend = "sdpa",
+    ) -> None:  # fmt: skip
+        self.cache, self._decoding, device = cache, len(past_B), past_B.device
+        longest = longest + 1 if len(past_B) else 0
+        if (needed := max(longest, *(length for _, length in prompts), 0)) > cache.max_length:
+            raise ValueError(f"a sequence of {needed} tokens does not fit into a cache of {cache.max_length}")
+        positions = [past_B]
+        places = [torch.arange(len(past_B), device=device) * cache.max_length + past_B]
+        for slot, length in prompts:
+            positions.append(torch.arange(length, device=device))
+            places.append(positions[-1] + slot * cache.max_length)
+        self.position_ids_T, self.place_T = torch.cat(positions), torch.cat(places)
+        self._longest = longest
+        self._masked_BK = torch.arange(longest, device=device) > past_B[:, None]
+        self._mask: Tensor | None = None
         self._prompts = None
-        if bool((past == 0).all()):
-            boundaries = torch.cat([starts, starts.new_tensor([len(self._sequence_T)])])
-            self._prompts = DocumentAttention(boundaries, backend)
-        else:
-            self._row = torch.arange(int(new_lengths.max()), device=device)
-            self._slot_T = self._sequence_T * len(self._row) + offset_T
-            position_BQ = past[:, None] + self._row
-            key = torch.arange(self._longest, device=device)
-            self._mask = (key <= position_BQ[:, :, None])[:, None]  # (B, 1, new, past + new)
-        cache.lengths = total
+        if prompts:
+            ends = torch.tensor([0, *(length for _, length in prompts)]).cumsum(0)
+            self._prompts = DocumentAttention(ends.to(device), backend)
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         """(T, heads, d), (T, key/value heads, d) twice → (T, heads, d)."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self._sequence_T, self.position_ids_T] = k_TGd.to(keys.dtype)
-        values[self._sequence_T, self.position_ids_T] = v_TGd.to(values.dtype)
+        keys, values = self.cache.write(layer, self.place_T, k_TGd, v_TGd)
+        count, outputs = self._decoding, []
+        if count:
+            outputs.append(self._decode(q_THd[:count], keys, values))
         if self._prompts is not None:
-            return self._prompts(layer, q_THd, k_TGd, v_TGd)
-        k_past, v_past = (x[:, : self._longest].to(q_THd.dtype) for x in (keys, values))
-        if self._one_each:
-            return grouped_attention(q_THd[:, None], k_past, v_past, self._mask)[:, 0]
-        padded = q_THd.new_zeros(len(keys) * len(self._row), *q_THd.shape[1:])
-        padded[self._slot_T] = q_THd
-        output = grouped_attention(padded.view(len(keys), len(self._row), *q_THd.shape[1:]), k_past, v_past, self._mask)
-        return output.reshape(-1, *q_THd.shape[1:])[self._slot_T]
+            outputs.append(self._prompts(layer, q_THd[count:], k_TGd[count:], v_TGd[count:]))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _decode(self, q_BHd: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if self._mask is None or self._mask.dtype != q_BHd.dtype:  # additive, made once for all layers
+            zeros = torch.zeros_like(self._masked_BK, dtype=q_BHd.dtype)
+            self._mask = zeros.masked_fill_(self._masked_BK, -torch.inf)[:, None, None]
+        past = slice(self._decoding), slice(self._longest)
+        # query heads that share a key stand where query tokens do: (B, heads of a key, key/value heads, d)
+        q = q_BHd.unflatten(1, (keys.shape[2], -1)).transpose(1, 2)
+        return grouped_attention(q, keys[past], values[past], self._mask).transpose(1, 2).flatten(1, 2)

@@ -1,9 +1,10 @@
 """Rollouts: engines that generate samples, judges that reward them, and the data module of reinforcement learning."""
 
+from lit_interns1.rollout.embedded import EmbeddedEngine, GenerationProgress
 from lit_interns1.rollout.engine import EngineCapabilities, EngineError, RolloutEngine
 from lit_interns1.rollout.samples import GenerationRequest, Prompt, Sample, SamplingOptions, ScoredSample
 
 __all__ = [
-    "EngineCapabilities", "EngineError", "GenerationRequest", "Prompt", "RolloutEngine", "Sample", "SamplingOptions",
-    "ScoredSample",
+    "EmbeddedEngine", "EngineCapabilities", "EngineError", "GenerationProgress", "GenerationRequest", "Prompt",
+    "RolloutEngine", "Sample", "SamplingOptions", "ScoredSample",
 ]  # fmt: skip
