@@ -12,7 +12,7 @@ from distributed_harness import run_ranks
 from lit_interns1 import LanguageModel, generate, preset
 from lit_interns1.data.packed_batch import PackedBatch
 from lit_interns1.nn.head import LanguageModelHead, TokenScores
-from lit_interns1.objectives.rank_surprisal import RankSurprisal, RankSurprisalRatio, rank_surprisal
+from lit_interns1.objectives.rank_surprisal import RankSurprisal, RankSurprisalRatio, RatioOfSet, rank_surprisal
 
 V = 331
 
@@ -136,7 +136,7 @@ def part(found: RankSurprisal, keep: slice) -> RankSurprisal:
     return RankSurprisal(*(column[keep] for column in found))
 
 
-def on_ranks(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+def on_ranks(rank: int, world_size: int) -> tuple[RatioOfSet, tuple[RatioOfSet, ...]]:
     found, group_S = samples()
     metric = RankSurprisalRatio(4)
     for keep in ([slice(0, 4), slice(4, 21)], [slice(21, 30)], [])[rank]:
@@ -150,20 +150,21 @@ def test_ratio_of_means_by_group_and_over_ranks() -> None:
     metric.update(found, group_S)
     assert (found.tokens_S == 0).any()  # samples without a response are left out
     for result in [metric.compute(), *run_ranks(on_ranks, 3)]:
-        for name, value in expected_set(found, np.ones(30, dtype=bool)).items():
-            assert float(result[name]) == pytest.approx(value, rel=1e-9), name
-        for group in range(3):
-            for name, value in expected_set(found, group_S.numpy() == group).items():
-                assert float(result[f"group_{name}"][group]) == pytest.approx(value, rel=1e-9), (group, name)
-        assert math.isnan(float(result["group_ratio"][3]))
-        assert float(result["group_samples"][3]) == 0
+        whole, groups = result
+        assert whole._asdict() == pytest.approx(expected_set(found, np.ones(30, dtype=bool)), rel=1e-9)
+        for number in range(3):
+            assert groups[number]._asdict() == pytest.approx(expected_set(found, group_S.numpy() == number), rel=1e-9)
+        assert math.isnan(groups[3].ratio)
+        assert groups[3].samples == 0
 
 
 def test_a_ratio_of_means_is_not_a_mean_of_ratios() -> None:
     found = RankSurprisal(torch.tensor([2.0, 60.0]), torch.tensor([4.0, 5.0]), torch.tensor([2.0, 10.0]))
     metric = RankSurprisalRatio()
     metric.update(found)
-    assert float(metric.compute()["ratio"]) == pytest.approx((1 + 6) / (2 + 0.5))
+    whole, groups = metric.compute()
+    assert groups == (whole,)
+    assert whole.ratio == pytest.approx((1 + 6) / (2 + 0.5))
     assert found.ratio_S.mean() == pytest.approx((0.5 + 12) / 2)
 
 

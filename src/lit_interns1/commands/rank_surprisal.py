@@ -186,15 +186,13 @@ def table(scores: RankSurprisal, sources: Sequence[str]) -> Iterator[str]:
     names = {name: number for number, name in enumerate(dict.fromkeys(sources))}
     metric = RankSurprisalRatio(len(names))
     metric.update(scores, torch.tensor([names[source] for source in sources]))
-    result = metric.compute()
-    columns = ("samples", "mean_rank", "mean_surprisal", "ratio", "standard_error")
-    rows = [(name, [float(result[f"group_{column}"][g]) for column in columns]) for name, g in names.items()]
-    rows.sort(key=lambda row: row[1][3])
-    if len(names) > 1:
-        rows.append(("all", [float(result[column]) for column in columns]))
+    whole, groups = metric.compute()
+    rows = sorted(zip(names, groups, strict=True), key=lambda row: row[1].ratio)
+    rows += [("all", whole)] if len(names) > 1 else []
     yield "| source | samples | mean rank | mean surprisal | ratio | ± |\n|---|---|---|---|---|---|"
-    for name, (samples, rank, surprisal, ratio, error) in rows:
-        yield f"| {name} | {samples:,.0f} | {rank:.3f} | {surprisal:.4f} | {ratio:.4f} | {error:.4f} |"
+    for name, (ratio, rank, surprisal, samples, error) in rows:
+        interval = f"{error:.4f}" if samples > 1 else ""
+        yield f"| {name} | {samples:,} | {rank:.3f} | {surprisal:.4f} | {ratio:.4f} | {interval} |"
 
 
 def score_lines(scores: RankSurprisal, responses: Sequence[Response], sources: Sequence[str]) -> Iterator[str]:

@@ -147,11 +147,7 @@ class ResponseEncoder:
                 )
             ids, counts = ids[: self.max_length], counts[: self.max_length]
         if not any(counts):
-            if len(ids) == self.max_length and self.overlong == "cut":
-                raise SourceError(
-                    f"{row.where}: nothing of the response is left of {self.max_length:,} tokens; skip it"
-                )
-            raise SourceError(f"{row.where}: there is no response")
+            raise SourceError(f"{row.where}: no token of the response is within max_length = {self.max_length:,}")
         return Response(row, np.array(ids, dtype=np.int32), np.array(counts, dtype=bool))
 
     def _tokens(self, row: ResponseRow) -> tuple[list[int], list[bool]]:

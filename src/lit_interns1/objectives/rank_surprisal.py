@@ -11,6 +11,7 @@ Letters: T tokens of a batch, S samples, G groups such as sources or teachers.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -81,6 +82,24 @@ def rank_surprisal(
     return RankSurprisal(*(empty_S.index_add(0, sample_N, column.double()) for column in columns))
 
 
+class RatioOfSet(NamedTuple):
+    """RSR of a set of samples. Plain numbers: torchmetrics takes the axis off tensors of one.
+
+    Attributes:
+        ratio: Mean rank / mean surprisal; NaN without a sample, as the next two.
+        mean_rank: Of the samples' mean ranks.
+        mean_surprisal: Of the samples' mean surprisals, nats.
+        samples: How many have a response.
+        standard_error: Of the ratio; NaN with fewer than two samples.
+    """
+
+    ratio: float
+    mean_rank: float
+    mean_surprisal: float
+    samples: int
+    standard_error: float
+
+
 class RankSurprisalRatio(Metric):
     """RSR of sets of samples: ratio of means in each group, and over all; exact over ranks that share the samples.
 
@@ -110,21 +129,19 @@ class RankSurprisalRatio(Metric):
         # a Trainer with precision bf16-true casts the state, too: sums need their float64 back
         self.sums = self.sums.double().index_add(1, group_S[some_S], columns)
 
-    def compute(self) -> dict[str, Tensor]:
-        """`ratio`, `mean_rank`, `mean_surprisal` (nats), `samples` and `standard_error` (of the ratio) of all samples;
-        and the same of each group, (G,), with `group_` in front. NaN where there are too few samples."""
-        whole = _of_sums(self.sums.double().sum(1))
-        return whole | {f"group_{name}": value for name, value in _of_sums(self.sums.double()).items()}
+    def compute(self) -> tuple[RatioOfSet, tuple[RatioOfSet, ...]]:
+        """Of all samples together, and of each group."""
+        sums = self.sums.double()
+        whole, *groups = torch.cat([sums.sum(1, keepdim=True), sums], 1).T.tolist()
+        return _ratio_of_set(*whole), tuple(_ratio_of_set(*group) for group in groups)
 
 
-def _of_sums(sums: Tensor) -> dict[str, Tensor]:
-    count, rank, surprisal, rank2, product, surprisal2 = sums
-    ratio = rank / surprisal.clamp(min=_TINY)
-    spread = (rank2 - 2 * ratio * product + ratio**2 * surprisal2).clamp(min=0)
-    return {
-        "ratio": torch.where(count > 0, ratio, torch.nan),
-        "mean_rank": rank / count,
-        "mean_surprisal": surprisal / count,
-        "samples": count,
-        "standard_error": (count / (count - 1) * spread).sqrt() / surprisal.clamp(min=_TINY),
-    }
+def _ratio_of_set(
+    count: float, rank: float, surprisal: float, rank2: float, product: float, surprisal2: float
+) -> RatioOfSet:
+    if not count:
+        return RatioOfSet(math.nan, math.nan, math.nan, 0, math.nan)
+    ratio = rank / max(surprisal, _TINY)
+    spread = max(rank2 - 2 * ratio * product + ratio**2 * surprisal2, 0.0)
+    error = math.sqrt(count / (count - 1) * spread) / max(surprisal, _TINY) if count > 1 else math.nan
+    return RatioOfSet(ratio, rank / count, surprisal / count, int(count), error)
