@@ -20,10 +20,11 @@ from lit_interns1.checkpoints.huggingface.sources import (
     WeightSource,
     open_source,
 )
+from lit_interns1.checkpoints.huggingface.streaming import exported_tensors
 
 __all__ = [
     "CheckpointSource", "ExportedWeights", "FolderSource", "LAYOUTS", "Layout", "LoadedWeights", "ModelSource",
     "Problem", "Rule", "Spelling", "TensorInfo", "WeightSource", "WeightsError", "config_from_pretrained",
-    "end_of_text_ids", "export_pretrained", "is_pretrained_folder", "load_pretrained_model",
+    "end_of_text_ids", "export_pretrained", "exported_tensors", "is_pretrained_folder", "load_pretrained_model",
     "load_pretrained_multimodal_model", "load_pretrained_weights", "multimodal_config_from_pretrained", "open_source",
 ]  # fmt: skip
