@@ -204,6 +204,22 @@ def test_micro_batches_change_nothing(name: str) -> None:
     assert parts[2] == pytest.approx(whole[2], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", batches.PAIRED)
+def test_order_of_responses_changes_nothing(name: str) -> None:
+    logp_T, inputs, _ = batches.random_batch()
+    loss, gradient, metrics = batches.loss_and_gradient(batches.PAIRED[name], logp_T, inputs)
+    order = torch.tensor([5, 0, 2, 7, 3, 1, 6, 4])  # rejected before chosen, pairs interleaved
+
+    def shuffled(value_T):
+        return torch.cat([value_T[:-3].view(8, -1)[order].flatten(), value_T[-3:]])
+
+    columns = {field: shuffled(value) for field, value in inputs.fields().items()}
+    mixed = preference.PreferenceInputs.from_fields(columns, inputs.sample_ids)  # numbered as they stand
+    result = batches.loss_and_gradient(batches.PAIRED[name], shuffled(logp_T), mixed)
+    torch.testing.assert_close(result[:2], (loss, shuffled(gradient)))
+    assert result[2] == pytest.approx(metrics, rel=1e-5)
+
+
 def rank_results(rank, world_size):
     results = {}
     for name, objective in {**batches.PAIRED, **batches.LONE}.items():
