@@ -28,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import lit_interns1.callbacks
 import lit_interns1.data.caption_data_module
 import lit_interns1.data.conversation_data_module
+import lit_interns1.data.polar_data_module
 import lit_interns1.data.preference_data_module
 import lit_interns1.data.text_data_module
 import lit_interns1.modules

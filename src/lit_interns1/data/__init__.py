@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lit_interns1.data.order import RowOrder
     from lit_interns1.data.packed_batch import IGNORED_LABEL, PackedBatch
     from lit_interns1.data.packing import PackingPlan, pack_documents, plan_rows
+    from lit_interns1.data.polar_data_module import PolarDataModule
+    from lit_interns1.data.polar_lines import PolarSource
+    from lit_interns1.data.polar_template import PolarEncoder, PolarTemplate
     from lit_interns1.data.preference_data_module import PreferenceDataModule
     from lit_interns1.data.preferences import PreferenceSource
     from lit_interns1.data.rows import RowReader
@@ -35,6 +38,10 @@ _HOME = {
     "NativeVisuals": "conversation_media",
     "PackedBatch": "packed_batch",
     "PackingPlan": "packing",
+    "PolarDataModule": "polar_data_module",
+    "PolarEncoder": "polar_template",
+    "PolarSource": "polar_lines",
+    "PolarTemplate": "polar_template",
     "PreferenceDataModule": "preference_data_module",
     "PreferenceSource": "preferences",
     "RandomAffine": "conversation_media",
@@ -64,6 +71,10 @@ __all__ = [
     "NativeVisuals",
     "PackedBatch",
     "PackingPlan",
+    "PolarDataModule",
+    "PolarEncoder",
+    "PolarSource",
+    "PolarTemplate",
     "PreferenceDataModule",
     "PreferenceSource",
     "RandomAffine",

@@ -8,6 +8,7 @@ Both responses of a pair lie side by side in the same row, so every micro-batch 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import numpy as np
@@ -17,6 +18,7 @@ from lit_interns1.data.media_tokens import MediaTokens, tokens_of_style, with_me
 from lit_interns1.data.order import permutation
 from lit_interns1.data.packing import plan_rows
 from lit_interns1.data.preference_rows import (
+    Group,
     Overlong,
     PreferenceReader,
     PreferenceRows,
@@ -58,6 +60,9 @@ class PreferenceDataModule(SourceDataModule):
             with file and line.
     """
 
+    source_kind: Any = PreferenceSource
+    """Class of the sources."""
+
     def __init__(
         self,
         sources: list[str | PreferenceSource] | str,
@@ -78,7 +83,7 @@ class PreferenceDataModule(SourceDataModule):
         end_of_text: str | None = None,
     ) -> None:
         super().__init__(
-            PreferenceSource, sources, validation_sources, tokenizer, end_of_text, row_length=row_length,
+            self.source_kind, sources, validation_sources, tokenizer, end_of_text, row_length=row_length,
             global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, validation_rows=validation_rows,
             seed=seed, num_workers=num_workers, pin_memory=pin_memory, block_rows=block_rows,
         )  # fmt: skip
@@ -119,8 +124,7 @@ class PreferenceDataModule(SourceDataModule):
 
     def _open(self, source: PreferenceSource) -> PreferenceStore:
         if source not in self._opened:
-            groups = groups_of(self._read(source), self.form, self.ranking, self.mismatched)
-            store = PreferenceStore.build(groups, self.row_length, self.overlong)
+            store = PreferenceStore.build(self._groups(source), self.row_length, self.overlong)
             if not len(store.pair_G):
                 raise ValueError(
                     f"source {source.display_name!r}: all {store.skipped} pairs or responses are longer than "
@@ -130,6 +134,10 @@ class PreferenceDataModule(SourceDataModule):
         store = self._opened[source]
         assert isinstance(store, PreferenceStore)
         return store
+
+    def _groups(self, source: Any) -> Iterator[Group]:
+        """What the lines of a source become."""
+        return groups_of(self._read(source), self.form, self.ranking, self.mismatched)
 
     def _check_kinds(self) -> None:
         """Pairs and single responses do not mix, and references are known for all or none."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_interns1.nn.head import TokenScores
-from lit_interns1.objectives.metrics import Metrics, masked_metric
+from lit_interns1.objectives.metrics import Metrics, masked_metric, mean_metric, weighted_sum
 from lit_interns1.objectives.options import check_choice, check_number
 from lit_interns1.objectives.policy.advantages import AdvantageEstimator, LeaveOneOut
 from lit_interns1.objectives.policy.inputs import PolicyInputs
@@ -242,14 +242,41 @@ class TokenRewardLoss(WeightedTokenLoss):
         Raises:
             ValueError: If shapes do not fit, a vector is missing or a sample is cut.
         """
+        inputs.check_whole_samples("TokenRewardLoss")
+        mean_S, loss_S, right_S = self._responses(token_rewards_T, inputs)
+        right_T = inputs.to_tokens((mean_S > 0) == right_S)
+        metrics = {"token_reward_accuracy": masked_metric(right_T, inputs.response_mask)}
+        return self.weighted_sum({"token_reward": inputs.to_tokens(loss_S)}, inputs, metrics), metrics
+
+    def over_responses(self, token_rewards_T: Tensor, inputs: PolicyInputs) -> tuple[SummedLoss, Metrics]:
+        """The same loss without `prepare`, for micro-batches that come one by one: Σ over responses with their number.
+
+        Args:
+            token_rewards_T: (T,) scores w with gradient, at the positions of the labels.
+            inputs: Whole samples.
+
+        Returns:
+            The loss, and metrics by response: `accuracy`, `score` (the mean w) and `loss`.
+
+        Raises:
+            ValueError: If shapes do not fit or a vector is missing.
+        """
+        mean_S, loss_S, right_S = self._responses(token_rewards_T, inputs)
+        there_S = inputs.sample_lengths > 0
+        metrics = {
+            "accuracy": mean_metric(((mean_S > 0) == right_S)[there_S]),
+            "score": mean_metric(mean_S[there_S]),
+        }
+        return weighted_sum(loss_S[there_S], None, metrics), metrics
+
+    def _responses(self, token_rewards_T: Tensor, inputs: PolicyInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """(S',) mean score, cross-entropy, and whether the reward is above 0, of each sample id that occurs."""
         if token_rewards_T.shape != inputs.sample_ids.shape:
             raise ValueError(
                 f"token rewards {tuple(token_rewards_T.shape)} for inputs of {tuple(inputs.sample_ids.shape)} tokens"
             )
         inputs.require(self.requires, "TokenRewardLoss")
-        inputs.check_whole_samples("TokenRewardLoss")
-        right_T = inputs.value("rewards") > 0
-        mean_T = inputs.to_tokens(inputs.sample_means(token_rewards_T))
-        value_T = F.binary_cross_entropy_with_logits(mean_T, right_T.to(mean_T.dtype), reduction="none")
-        metrics = {"token_reward_accuracy": masked_metric((mean_T > 0) == right_T, inputs.response_mask)}
-        return self.weighted_sum({"token_reward": value_T}, inputs, metrics), metrics
+        mean_S = inputs.sample_means(token_rewards_T)
+        right_S = inputs.sample_means(inputs.value("rewards").to(mean_S.dtype)) > 0
+        loss_S = F.binary_cross_entropy_with_logits(mean_S, right_S.to(mean_S.dtype), reduction="none")
+        return mean_S, loss_S, right_S
