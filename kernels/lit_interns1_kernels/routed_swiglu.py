@@ -43,12 +43,14 @@ def check_grouped_mm_sizes(hidden_size: int, intermediate_size: int, element_siz
     return None
 
 
-def _swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor) -> Tensor:
+    """(..., 2·I) gate and up projections behind one another → (..., I)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def _combine(y_RD: Tensor, row_index_R: Tensor, num_source_rows: int) -> Tensor:
+def sum_per_source(y_RD: Tensor, row_index_R: Tensor, num_source_rows: int) -> Tensor:
+    """(R, D) routed rows → (S, D), added up by the source row that they come from."""
     return y_RD.new_zeros(num_source_rows, y_RD.shape[1]).index_add(0, row_index_R, y_RD)
 
 
@@ -60,10 +62,10 @@ def routed_swiglu_loop(
     # unbind once: indexing the stack inside the loop would build a full-size zero gradient per expert
     for gate_up_ID, down_DI, stop in zip(gate_up_EID.unbind(0), down_EDI.unbind(0), offsets_E.tolist(), strict=True):
         rows = x_SD.index_select(0, row_index_R[start:stop])
-        outputs.append(F.linear(_swiglu(F.linear(rows, gate_up_ID)), down_DI))
+        outputs.append(F.linear(swiglu(F.linear(rows, gate_up_ID)), down_DI))
         start = stop
     y_RD = torch.cat(outputs) * row_weight_R[:start, None].to(x_SD.dtype)
-    return _combine(y_RD, row_index_R[:start], x_SD.shape[0])
+    return sum_per_source(y_RD, row_index_R[:start], x_SD.shape[0])
 
 
 def routed_swiglu_grouped_mm(
@@ -83,12 +85,12 @@ def routed_swiglu_grouped_mm(
         routed_R1 = (torch.arange(row_index_R.numel(), device=x_SD.device) < offsets_E[-1])[:, None]
         rows_RD = torch.where(routed_R1, rows_RD, 0.0)
         row_weight_R = torch.where(routed_R1[:, 0], row_weight_R, 0.0)
-    hidden_RI = _swiglu(F.grouped_mm(rows_RD, gate_up_EID.transpose(1, 2), offs=offsets_E))
+    hidden_RI = swiglu(F.grouped_mm(rows_RD, gate_up_EID.transpose(1, 2), offs=offsets_E))
     hidden_RI = hidden_RI * row_weight_R[:, None].to(x_SD.dtype)
     y_RD = F.grouped_mm(hidden_RI, down_EDI.transpose(1, 2), offs=offsets_E)
     if has_tail:
         y_RD = torch.where(routed_R1, y_RD, 0.0)
-    return _combine(y_RD, row_index_R, x_SD.shape[0])
+    return sum_per_source(y_RD, row_index_R, x_SD.shape[0])
 
 
 @torch.library.custom_op("lit_interns1::routed_swiglu", mutates_args=(), device_types="cpu")

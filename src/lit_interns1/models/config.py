@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
+from lit_interns1.nn.moe.experts import ExpertPrecision
 from lit_interns1.nn.moe.router import ROUTERS
 from lit_interns1.nn.rotary import kept_frequencies
 
@@ -82,6 +83,8 @@ class MoEConfig:
         ste_temperature: Temperature of the straight-through gradient.
         freeze_router: Do not train the router.
         expert_backend: "auto" (the fastest that runs on the device), "fused", "grouped_mm", or "loop" for reference.
+        expert_precision: What experts multiply: "native" = numbers of the model's type, "fp8" = E4M3 with a float32
+            scale per block of 128, "fp8_power_of_two" = the same with scales that are powers of two.
     """
 
     num_experts: int
@@ -96,10 +99,12 @@ class MoEConfig:
     ste_temperature: float = 1.0
     freeze_router: bool = False
     expert_backend: Literal["auto", "fused", "grouped_mm", "loop"] = "auto"
+    expert_precision: ExpertPrecision = "native"
 
     def __post_init__(self) -> None:
         check_positive(self, "num_experts", "experts_per_token", "intermediate_size", "num_groups")
         _one_of("moe.router", self.router, tuple(ROUTERS))
+        _one_of("moe.expert_precision", self.expert_precision, get_args(ExpertPrecision))
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"moe.experts_per_token = {self.experts_per_token} exceeds moe.num_experts = {self.num_experts}"
@@ -226,7 +231,10 @@ def config_from_dict(values: Mapping[str, Any]) -> LanguageModelConfig:
 
 def differing_fields(saved: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Fields of the architecture in which two configs differ, as "name: saved → present"."""
-    run_time = {"attention_backend", "activation_checkpointing", "expert_backend", "freeze_router", "router_gradient"}
+    run_time = {
+        "attention_backend", "activation_checkpointing", "expert_backend", "expert_precision", "freeze_router",
+        "router_gradient",
+    }  # fmt: skip
     differences = []
     for name in sorted(set(saved) | set(present)):
         old, new = saved.get(name), present.get(name)

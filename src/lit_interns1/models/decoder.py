@@ -73,6 +73,7 @@ class DecoderBlock(nn.Module):
             experts = RoutedExperts(
                 config.moe.num_experts, config.hidden_size, config.moe.intermediate_size,
                 backend=config.moe.expert_backend, initializer_std=config.initializer_range,
+                precision=config.moe.expert_precision,
             )  # fmt: skip
             self.mlp = MoEFeedForward(build_router(config), experts)
         else:

@@ -69,8 +69,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
 """Fields that change the network, with the values that ours has."""
 
 RUN_CHOICES = frozenset((
-    "attention_backend", "activation_checkpointing", "expert_backend", "freeze_router", "router_gradient",
-    "ste_temperature", "router_dtype", "head_dtype", "fope_seed", "fope_trainable",
+    "attention_backend", "activation_checkpointing", "expert_backend", "expert_precision", "freeze_router",
+    "router_gradient", "ste_temperature", "router_dtype", "head_dtype", "fope_seed", "fope_trainable",
 ))  # fmt: skip
 """Fields of ours that no file has: how a network is computed and trained."""
 

@@ -210,6 +210,15 @@ def _swiglu_backward(_: Tensor, *args: Any, **kwargs: Any) -> float:
     return 2.0 * _swiglu(*args, **kwargs)
 
 
+def _fp8_linear(x_MK: Tensor, weight_GNK: Tensor, *_: Any, **__: Any) -> float:
+    return 2.0 * prod(x_MK.shape) * weight_GNK.shape[1]
+
+
+def _fp8_linear_backward(_: Tensor, x_MK: Tensor, weight_GNK: Tensor, *rest: Any, **__: Any) -> float:
+    need_x, need_weight = rest[-2:]
+    return _fp8_linear(x_MK, weight_GNK) * (need_x + need_weight)
+
+
 def _grouped_mm(a: Tensor, b: Tensor, *_: Any, **__: Any) -> float:
     return 2.0 * prod(a.shape) * b.shape[-1]
 
@@ -220,6 +229,8 @@ _FLOPS: dict[str, Callable[..., float]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     "lit_interns1::routed_swiglu": _swiglu, "lit_interns1::routed_swiglu_backward": _swiglu_backward,
+    "lit_interns1::fp8_grouped_linear": _fp8_linear,
+    "lit_interns1::fp8_grouped_linear_backward": _fp8_linear_backward,
 }  # fmt: skip
 """Matrix products. Where torch counts attention as a full square, causal attention is half of it here, as it must be
 for a lower bound of the time."""
