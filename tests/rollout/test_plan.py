@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_interns1.rollout.plan import EMPTY_SLOT, RolloutPlan, deal, documents_of, micro_batches
+from lit_interns1.rollout.plan import EMPTY_SLOT, RolloutPlan, blank_document, deal, documents_of, micro_batches
 from lit_interns1.rollout.rollout_loader import ReadyRollout, RolloutLoader
 from lit_interns1.rollout.samples import GenerationRequest, Sample, SamplingOptions, sample_seeds
 
@@ -59,7 +59,7 @@ def test_dealing_is_even_and_complete():
 def test_documents_come_back_from_micro_batches():
     plan = RolloutPlan(4, 2, 1, samples_per_micro_batch=2)
     documents = [document(slot, 4 + 3 * (slot % 3)) for slot in range(7)]  # one place stays empty
-    batches = micro_batches(documents, plan)
+    batches = micro_batches(documents, plan, documents[0])
     assert [len(batch.cu_seqlens) - 1 for batch in batches] == [2] * 4
     assert sum(batch.num_tokens for batch in batches) == sum(len(d["input_ids"]) for d in documents)
     back = documents_of(batches)
@@ -77,18 +77,21 @@ def test_documents_come_back_from_micro_batches():
 
 
 def test_a_rank_without_samples_still_has_micro_batches():
-    batches = micro_batches([], RolloutPlan(2, 2, 1, samples_per_micro_batch=2))
+    batches = micro_batches([], RolloutPlan(2, 2, 1, samples_per_micro_batch=2), blank_document((2, 2)))
     assert len(batches) == 2
     assert all(batch.num_tokens == 0 and batch.num_loss_tokens == 0 for batch in batches)
+    assert batches[0].token_fields.keys() == blank_document((2, 2)).keys() - {"input_ids", "labels"}
     with pytest.raises(ValueError, match="5 samples for the 4 places"):
-        micro_batches([document(s, 4) for s in range(5)], RolloutPlan(2, 2, 1, 2))
+        micro_batches([document(s, 4) for s in range(5)], RolloutPlan(2, 2, 1, 2), document(0, 4))
 
 
 def loader(plan, made, rank=0, rollouts=3, **identity):
     def make(number):
         made.append(number)
         updates = [
-            micro_batches([document(s, 4 + (s * 7 + number) % 5, number) for s in plan.slots(u, rank)], plan)
+            micro_batches(
+                [document(s, 4 + (s * 7 + number) % 5, number) for s in plan.slots(u, rank)], plan, document(0, 4)
+            )
             for u in range(plan.updates_per_rollout)
         ]
         return ReadyRollout(number, updates)

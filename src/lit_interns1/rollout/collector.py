@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_interns1.rollout.plan import RolloutPlan
+from lit_interns1.rollout.plan import RolloutPlan, placed_document
 from lit_interns1.rollout.prompt_format import PromptFormat
 from lit_interns1.rollout.prompts import PromptOutcome, PromptSampler, PromptSource
 from lit_interns1.rollout.samples import GenerationRequest, Prompt, Sample, SamplingOptions, ScoredSample, sample_seeds
@@ -137,12 +137,14 @@ class Collector:
         self, number: int, round_: int, per_rank: int, generate: Generate
     ) -> tuple[list[list[ScoredSample]], dict[str, float]]:
         """Groups of this rank's share of a draw; aborted ones, too."""
-        more = math.ceil(per_rank * (1 + self.selection.over_sample)) if self.selection.over_sample else per_rank
-        width = more * self.plan.data_parallel_size
+        extra = math.ceil(per_rank * self.selection.over_sample)
+        width = (per_rank + extra) * self.plan.data_parallel_size
         indices = self.sampler.draw(width)
-        first = self.rank * more
-        places = range(first, first + more)
-        prompts = [self.form.prompt(self.source[index], index) for index in indices[first : first + more]]
+        # by optimizer step, so that a step has the same prompts on any number of ranks; what is drawn beyond P at last
+        first_extra = self.plan.prompts_per_rollout + self.rank * extra
+        places = [p for update in self.plan.places(self.rank) for p in update]
+        places += range(first_extra, first_extra + extra)
+        prompts = [self.form.prompt(self.source[indices[place]], indices[place]) for place in places]
         requests = [
             GenerationRequest(
                 prompt.ids, sample_seeds(self.seed, number, round_ * width + place, self.plan.num_generations)
@@ -150,7 +152,7 @@ class Collector:
             for prompt, place in zip(prompts, places, strict=True)
         ]
         started = time.perf_counter()
-        samples = generate(requests, self.options, per_rank if more > per_rank else None)
+        samples = generate(requests, self.options, per_rank if extra else None)
         generated = time.perf_counter()
         texts = [[self.form.text(sample.response_ids) for sample in group] for group in samples]
         scored = self.rewards(prompts, samples, texts)
@@ -172,22 +174,15 @@ class Collector:
         return found
 
     def _document(self, scored: ScoredSample, slot: int, group: int) -> dict[str, Tensor]:
-        if not scored.sample.response_ids:  # aborted before its first token: nothing to learn, but a place
-            scored.sample.response_ids = [self.form.stop_ids[-1]]
-            scored.sample.logprobs, scored.sample.weight_versions = torch.full((1,), torch.nan), torch.tensor([-1])
-        document = scored.sample.document(self.routing)
-        if self.routing is None:
-            document.pop("routed_experts", None)
-        length = len(document["input_ids"])
-        truncated = self.selection.mask_truncated and scored.sample.finish_reason == "length"
-        if not scored.counts or truncated:
-            document["response_mask"] = torch.zeros(length, dtype=torch.bool)
+        sample = scored.sample
+        if not sample.response_ids:  # aborted before its first token: nothing to learn, but a place
+            sample = replace(
+                sample, response_ids=[self.form.stop_ids[-1]], logprobs=torch.full((1,), torch.nan),
+                weight_versions=torch.tensor([-1]), routed_experts=None,
+            )  # fmt: skip
+        truncated = self.selection.mask_truncated and sample.finish_reason == "length"
         reward = scored.reward if scored.counts else 0.0
-        document |= {
-            "rewards": torch.full((length,), reward), "sample_slot": torch.full((length,), slot),
-            "group_id": torch.full((length,), group),
-        }  # fmt: skip
-        return document
+        return placed_document(sample, slot, group, reward, scored.counts and not truncated, self.routing)
 
     # over the ranks
 

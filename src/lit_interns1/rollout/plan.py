@@ -10,7 +10,7 @@ samples of a step are dealt so that the longest micro-batch is short.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_interns1.data.packed_batch import PackedBatch
+from lit_interns1.rollout.samples import Sample
 
 EMPTY_SLOT = -1
 """Slot of a place in a micro-batch that no sample fills."""
@@ -129,12 +130,15 @@ def deal(lengths: Sequence[int], bins: int, size: int) -> list[list[int]]:
     return [sorted(indices) for indices in found]
 
 
-def micro_batches(documents: Sequence[dict[str, Tensor]], plan: RolloutPlan) -> list[PackedBatch]:
+def micro_batches(
+    documents: Sequence[dict[str, Tensor]], plan: RolloutPlan, like: Mapping[str, Tensor]
+) -> list[PackedBatch]:
     """The micro-batches of one optimizer step on one rank.
 
     Args:
         documents: At most k·A, the same fields in each; missing ones are places without loss.
         plan: Sizes.
+        like: A document with the fields that the places without loss get: all ranks must have the same.
 
     Raises:
         ValueError: If there are too many.
@@ -142,7 +146,6 @@ def micro_batches(documents: Sequence[dict[str, Tensor]], plan: RolloutPlan) -> 
     room = plan.samples_per_rank_update
     if len(documents) > room:
         raise ValueError(f"{len(documents)} samples for the {room} places of an optimizer step")
-    like = documents[0] if documents else {"input_ids": torch.zeros(0, dtype=torch.int64)}
     filled = [*documents, *[empty_document(like)] * (room - len(documents))]
     dealt = deal([len(d["input_ids"]) for d in filled], plan.accumulation, plan.samples_per_micro_batch)
     return [_packed([filled[index] for index in indices]) for indices in dealt]
@@ -161,13 +164,43 @@ def _packed(documents: list[dict[str, Tensor]]) -> PackedBatch:
     )  # fmt: skip
 
 
-def empty_document(like: dict[str, Tensor]) -> dict[str, Tensor]:
+def empty_document(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One token without loss, with the fields of another document."""
-    document = {
+    return {
         name: torch.full((1, *value.shape[1:]), PAD_VALUES.get(name, 0), dtype=value.dtype)
         for name, value in like.items()
     }
-    return {"labels": torch.tensor([-100]), "sample_slot": torch.tensor([EMPTY_SLOT]), **document}
+
+
+def placed_document(
+    sample: Sample, slot: int, group: int, reward: float, counts: bool, routing: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
+    """A sample at its place in the rollout batch: `Sample.document` with `rewards`, `sample_slot` and `group_id`.
+
+    Args:
+        sample: With at least one response token.
+        slot: Its number.
+        group: The number of its prompt.
+        reward: R.
+        counts: Whether it is learned from; else its `response_mask` is empty.
+        routing: (MoE layers, K) if documents need routing.
+    """
+    document = sample.document(routing)
+    if routing is None:
+        document.pop("routed_experts", None)
+    length = len(document["input_ids"])
+    if not counts:
+        document["response_mask"] = torch.zeros(length, dtype=torch.bool)
+    return {
+        **document, "rewards": torch.full((length,), float(reward)), "sample_slot": torch.full((length,), slot),
+        "group_id": torch.full((length,), group),
+    }  # fmt: skip
+
+
+def blank_document(routing: tuple[int, int] | None) -> dict[str, Tensor]:
+    """The document of an empty place, with the fields of `placed_document`."""
+    sample = Sample((0,), [0], torch.full((1,), torch.nan), "abort", 0, torch.full((1,), -1))
+    return empty_document(placed_document(sample, EMPTY_SLOT, -1, 0.0, False, routing))
 
 
 def documents_of(batches: Sequence[PackedBatch]) -> list[dict[str, Tensor]]:

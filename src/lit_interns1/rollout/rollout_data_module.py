@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 from lit_interns1.data.packed_batch import PackedBatch
 from lit_interns1.data.tokenizer import TextTokenizer
 from lit_interns1.rollout.collector import Collected, Collector, Rewards, Selection, gather_objects, merged_means
-from lit_interns1.rollout.plan import RolloutPlan, micro_batches
+from lit_interns1.rollout.plan import RolloutPlan, blank_document, micro_batches
 from lit_interns1.rollout.prompt_format import PromptFormat
 from lit_interns1.rollout.prompts import PromptSampler, PromptSource, ShuffledPrompts
 from lit_interns1.rollout.rollout_loader import ReadyRollout, RolloutLoader
@@ -255,7 +255,8 @@ class RolloutDataModule(pl.LightningDataModule):
         plan, policy = self.plan, self.policy
         collected = self._collector(plan).collect(number, policy.generate_samples)
         started = time.perf_counter()
-        updates = [micro_batches(documents, plan) for documents in collected.documents]
+        like = blank_document(policy.routing_shape())
+        updates = [micro_batches(documents, plan, like) for documents in collected.documents]
         ready = policy.prepare_rollout(updates, number)
         collected.seconds["prepare"] = time.perf_counter() - started
         parts = gather_objects(collected.sums, plan.data_parallel_size)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_interns1.data.packed_batch import PackedBatch
 from lit_interns1.rollout.collector import gather_objects
-from lit_interns1.rollout.plan import RolloutPlan, documents_of, micro_batches
+from lit_interns1.rollout.plan import RolloutPlan, blank_document, documents_of, micro_batches
 
 Documents = list[dict[str, Tensor]]
 
@@ -138,8 +138,9 @@ class RolloutLoader:
     def load_rollout(self, state: Mapping[str, Any]) -> None:
         """Takes over the samples of a rollout in progress."""
         updates = []
+        like = next((document for documents in state["updates"] for document in documents), blank_document(None))
         for update, documents in enumerate(state["updates"]):
             mine = set(self.plan.slots(update, self.rank))
             share = [document for document in documents if int(document["sample_slot"][0]) in mine]
-            updates.append(micro_batches(share, self.plan))
+            updates.append(micro_batches(share, self.plan, like))
         self.current = ReadyRollout(int(state["number"]), updates)
