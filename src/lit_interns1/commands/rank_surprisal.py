@@ -229,5 +229,5 @@ def _group(response: Response, field: str) -> str:
     return json.dumps(response.row.fields[field], sort_keys=True)
 
 
-SUBCOMMANDS: dict[str, Callable[..., None]] = {"rank-surprisal": rank_surprisal}
+SUBCOMMANDS: dict[str, Any] = {"rank-surprisal": rank_surprisal}
 """`lit-interns1 data …`: work on data sets."""
