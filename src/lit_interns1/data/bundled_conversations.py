@@ -1,19 +1,22 @@
-"""Labelled images, signals and molecules that come with the package, as questions and answers.
+"""Labelled images, signals, molecules and arithmetic that come with the package, as questions and answers.
 
 digits   28 × 28 handwritten digits (a part of MNIST)          "Which digit is this?"      "7"
 vowels   utterances of nine speakers, 12 channels, 7–29 points  "Which speaker is this?"    "3"
 pairs    two of the digits on 48 × 48 pixels    "What is in the image?"     "a large one above a small two"
 science-pictures    crops of 32 × 32 pixels     "What does this picture show?"    "astronomy"
 molecule-questions  text alone                  "How many rings does CC(=O)O have?"    "0"
+chain-sum           text alone, made by rule    "12 + 5 ="      "17"
 """
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lit_interns1.data.arithmetic import ArithmeticProblems
 from lit_interns1.data.digit_pairs import digit_pair
 from lit_interns1.data.molecule_questions import MOLECULE_FILE, molecule_question
 from lit_interns1.data.sources import BUNDLED_FOLDER
@@ -23,11 +26,12 @@ class BundledSet(NamedTuple):
     """A part of a bundled file.
 
     Attributes:
-        file: Its name.
+        file: Its name; empty if the set is made by rule.
         question: What is asked; empty where every molecule has its own question.
         training: Whether it is the part for training.
         pairs: How many pairs are made of its digits; 0 = the digits themselves.
         molecules: How many of its molecules are asked about; 0 = it holds images or signals.
+        problems: How many arithmetic problems are made.
     """
 
     file: str
@@ -35,6 +39,7 @@ class BundledSet(NamedTuple):
     training: bool
     pairs: int = 0
     molecules: int = 0
+    problems: int = 0
 
 
 _DIGITS, _VOWELS = ("digits.npz", "Which digit is this?"), ("vowels.npz", "Which speaker is this?")
@@ -50,6 +55,8 @@ BUNDLED_CONVERSATIONS = {
     "bundled:science-pictures/test": BundledSet(*_PICTURES, False),
     "bundled:molecule-questions/train": BundledSet(MOLECULE_FILE, "", True, molecules=20_000),
     "bundled:molecule-questions/test": BundledSet(MOLECULE_FILE, "", False, molecules=1_000),
+    "bundled:chain-sum/train": BundledSet("", "", True, problems=10_000),
+    "bundled:chain-sum/test": BundledSet("", "", False, problems=1_000),
 }
 """Sets by name."""
 
@@ -81,7 +88,24 @@ _labelled = cache(labelled_arrays)
 def bundled_size(path: str) -> int:
     """How many there are."""
     entry = BUNDLED_CONVERSATIONS[path]
-    return entry.pairs or entry.molecules or len(_labelled(path)[1])
+    return entry.pairs or entry.molecules or entry.problems or len(_labelled(path)[1])
+
+
+@cache
+def bundled_key(path: str) -> str:
+    """Identifies what is in a set."""
+    entry = BUNDLED_CONVERSATIONS[path]
+    if entry.problems:
+        content = repr([*_problems(entry)]).encode()
+    else:
+        content = (BUNDLED_FOLDER / entry.file).read_bytes()
+    return f"{path} {hashlib.blake2b(content, digest_size=16).hexdigest()}"
+
+
+@cache
+def _problems(entry: BundledSet) -> ArithmeticProblems:
+    """The problems of a set; `ArithmeticPrompts` has the same by default."""
+    return ArithmeticProblems(size=entry.problems, split="train" if entry.training else "test")
 
 
 def bundled_record(path: str, index: int) -> dict[str, Any]:
@@ -90,6 +114,8 @@ def bundled_record(path: str, index: int) -> dict[str, Any]:
     question: str | list[dict[str, Any]]
     if entry.molecules:
         question, answer = molecule_question(index, entry.training)
+    elif entry.problems:
+        question, answer = _problems(entry)[index]
     else:
         value, answer = _medium(path, index)
         kind = "image" if value.dtype == np.uint8 else "time_series"

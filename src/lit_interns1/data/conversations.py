@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lit_interns1.data.bundled_conversations import BUNDLED_CONVERSATIONS, bundled_record, bundled_size
-from lit_interns1.data.sources import BUNDLED_FOLDER, SourceError
+from lit_interns1.data.bundled_conversations import BUNDLED_CONVERSATIONS, bundled_key, bundled_record, bundled_size
+from lit_interns1.data.sources import SourceError
 
 ROLES = ("system", "user", "assistant")
 _FIELDS = {
@@ -182,7 +182,7 @@ class ConversationSource:
 
     Attributes:
         path: A `.jsonl` file, or a bundled set: `bundled:digits/train`, `bundled:digits/test`, the same of `vowels`,
-            `digit-pairs`, `science-pictures` and `molecule-questions`.
+            `digit-pairs`, `science-pictures`, `molecule-questions` and `chain-sum`.
         weight: Share of the training rows; as for `TextSource`.
         name: Name in metrics; by default made of the path.
         media_root: The folder in which all media lie and to which their paths are relative; by default that of the
@@ -246,9 +246,7 @@ class BundledConversations:
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        file = BUNDLED_FOLDER / BUNDLED_CONVERSATIONS[path].file
-        self.key = f"{path} {hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()}"
+        self.path, self.key = path, bundled_key(path)
 
     def __len__(self) -> int:
         return bundled_size(self.path)

@@ -2,9 +2,12 @@
 
 from lit_interns1.rollout.embedded import EmbeddedEngine, GenerationProgress
 from lit_interns1.rollout.engine import EngineCapabilities, EngineError, RolloutEngine
+from lit_interns1.rollout.mixture import JudgeEntry, MixtureOfRewards
+from lit_interns1.rollout.prompt_tasks import ArithmeticPrompts, JoinedPrompts, ReasoningGymPrompts
 from lit_interns1.rollout.samples import GenerationRequest, Prompt, Sample, SamplingOptions, ScoredSample
 
 __all__ = [
-    "EmbeddedEngine", "EngineCapabilities", "EngineError", "GenerationProgress", "GenerationRequest", "Prompt",
+    "ArithmeticPrompts", "EmbeddedEngine", "EngineCapabilities", "EngineError", "GenerationProgress",
+    "GenerationRequest", "JoinedPrompts", "JudgeEntry", "MixtureOfRewards", "Prompt", "ReasoningGymPrompts",
     "RolloutEngine", "Sample", "SamplingOptions", "ScoredSample",
 ]  # fmt: skip
