@@ -86,10 +86,12 @@ class AppliedPrecision:
             self.changed.append(name)
 
     def _wrap_forward(self, model: nn.Module, dense: DensePrecision) -> None:
-        own = "forward" in model.__dict__  # checkpointing of a foreign model, or another recipe
-        undo = partial(setattr, model, "forward", model.forward) if own else partial(delattr, model, "forward")
-        model.forward = partial(_forward_under_autocast, model, model.forward, dense == "bfloat16")
-        self._undo.append(undo)
+        forward = model.forward
+        own = "forward" in model.__dict__  # another recipe's, or of whoever recomputes this module in backward
+        self._undo.append(partial(setattr, model, "forward", forward) if own else partial(delattr, model, "forward"))
+        if isinstance(forward, partial) and forward.func is _forward_under_autocast:
+            forward = forward.args[1]  # autocast of the innermost context counts, and the latest recipe must
+        model.forward = partial(_forward_under_autocast, model, forward, dense == "bfloat16")
         self.changed.append("")
 
 
