@@ -131,6 +131,9 @@ class FakeServer:
         elif path == "/update_weights_from_disk":
             assert self.paused
             self.loaded, self.version = read_folder(body["model_path"]), body["weight_version"]
+        elif path == "/update_weights_from_tensor":
+            assert self.paused
+            self.version = body["weight_version"]
         elif path == "/collective_rpc":
             assert self.paused
             assert body["method"] == "reload_weights"

@@ -116,8 +116,9 @@ class Batch:
                 if self._stop.is_set():
                     return None
                 told = str(error)
+                first = server.url not in self._failed
+                _log.log(logging.WARNING if first else logging.DEBUG, "RemoteEngine: tried again: %s", told)
                 self._failed.add(server.url)
-                _log.warning("RemoteEngine: attempt %d of sample %s: %s", attempt + 1, name, told)
         raise EngineError(
             f"RemoteEngine({self.dialect.name}): {self.patience.retries + 1} attempts failed, the last one with: {told}"
         )
