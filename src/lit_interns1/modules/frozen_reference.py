@@ -16,6 +16,7 @@ from torch import nn
 
 from lit_interns1.data.packed_batch import PackedBatch
 from lit_interns1.nn.head import TokenScores
+from lit_interns1.nn.initialization import allocate
 from lit_interns1.nn.parallel_plan import HasParallelPlan, ParallelPlan, default_plan
 
 
@@ -28,6 +29,32 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
         "cu_seqlens": batch.cu_seqlens,
         "token_mask_T": batch.sample_id_T >= 0 if padded else None,
     }
+
+
+def add_reference(module: Any, network: nn.Module, offload: bool = False) -> None:
+    """Puts a frozen network beside the `model` of a LightningModule, as `reference`.
+
+    Args:
+        module: The LightningModule; call this in `build_beside`.
+        network: On the meta device, if that is the default.
+        offload: See `FrozenReference`.
+    """
+    module.reference = FrozenReference(network, offload)
+    names = [name for name, _ in [*module.reference.named_parameters(), *module.reference.named_buffers()]]
+    # DDP would broadcast its buffers before every step, also when they are on the host
+    module._ddp_params_and_buffers_to_ignore = [f"reference.{name}" for name in names]
+
+
+def copy_weights(reference: FrozenReference, model: nn.Module, device: torch.device | str) -> None:
+    """Gives a reference the weights that the trained network has now; both are divided in the same way.
+
+    Args:
+        reference: May be on the meta device.
+        model: A network of the same shape.
+        device: Where a reference on the meta device goes.
+    """
+    allocate(reference.network, device)
+    reference.network.load_state_dict(model.state_dict())
 
 
 class FrozenReference(nn.Module):
