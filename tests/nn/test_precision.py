@@ -457,8 +457,8 @@ def test_equal_formats_on_both_sides_and_the_mismatch_of_different_ones():
 # -- divided over ranks, and saved -------------------------------------------------------------------------------------
 
 
-def train(rank, world, divided, moe):
-    """Losses, weights and log-probabilities under a recipe of a short run."""
+def train(rank, world, strategy, moe):
+    """Losses, weights, and log-probabilities under some recipes, of a short run."""
     import lightning.pytorch as L
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
@@ -471,9 +471,9 @@ def train(rank, world, divided, moe):
     config = network(moe=moe, std=0.05).config
     module = LanguageModelModule(config, optimizer=lambda p: torch.optim.SGD(p, lr=0.3), seed=3)
     losses, options = [], {"devices": 1}
-    if divided:
-        strategy = MoEParallelStrategy(expert_parallel_size=world, activation_checkpointing=True)
-        options = {"devices": world, "strategy": strategy, "plugins": [TorchElasticEnvironment()]}
+    if strategy is not None:
+        divided = MoEParallelStrategy(expert_parallel_size=world, **strategy)
+        options = {"devices": world, "strategy": divided, "plugins": [TorchElasticEnvironment()]}
 
     class Record(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -483,7 +483,7 @@ def train(rank, world, divided, moe):
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, callbacks=[Record()], log_every_n_steps=1, **options,
     )  # fmt: skip
-    data = batches(rank, world if divided else 1, 1)
+    data = batches(rank, world if strategy is not None else 1, 1)
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
     ids = torch.arange(25) * 5 % 64
     scores = {}
@@ -496,33 +496,46 @@ def train(rank, world, divided, moe):
     return {"losses": losses, "parameters": parameters, "scores": scores, "changed": applied.changed}
 
 
-GROUPED = {"router": "grouped", "num_groups": 2, "router_gradient": "ste"}
-ROUTERS = {"static": GROUPED, "exact": {}}
+GROUPED = {"router": "grouped", "num_groups": 2, "router_gradient": "ste", "expert_precision": "fp8"}
+RECOMPUTED = {"activation_checkpointing": True}
 
 
-def train_all(rank, world, divided, precisions):
-    return {
-        (name, precision): train(rank, world, divided, {**moe, "expert_precision": precision})
-        for name, moe in ROUTERS.items()
-        for precision in precisions
-    }
+def train_all(rank, world, *cases):
+    return [train(rank, world, *case) for case in cases]
 
 
-def test_two_ranks_that_share_the_experts_train_like_one_process():
-    (wanted,) = run_ranks(train_all, 1, False, ["fp8", "native"])
-    for results in run_ranks(train_all, 2, True, ["fp8"]):
-        for (name, _), two in results.items():
-            one, native = wanted[name, "fp8"], wanted[name, "native"]
-            assert two["changed"] == ["lm_head", ""], "experts are in FP8 already"
-            assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
-            for key, parameter in one["parameters"].items():
-                assert distance(two["parameters"][key], parameter) < 1e-4, (name, key)
-            for recipe, tolerance in {"native": 1e-4, "fp8": 1e-3, "pro": 2e-2}.items():
-                torch.testing.assert_close(two["scores"][recipe], one["scores"][recipe], atol=tolerance, rtol=0)
-            assert torch.equal(two["scores"]["after"], two["scores"]["fp8"]), "the config's own format is back"
-            assert not torch.equal(two["scores"]["native"], two["scores"]["fp8"])
-            assert one["losses"][0] != pytest.approx(native["losses"][0], rel=1e-6)
-            assert one["losses"] == pytest.approx(native["losses"], rel=1e-2)
+@pytest.mark.parametrize(
+    "moe",
+    [
+        pytest.param(GROUPED, id="static"),
+        pytest.param({"expert_precision": "fp8"}, id="exact", marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_that_share_the_experts_train_like_one_process(moe):
+    native = {**moe, "expert_precision": "native"}
+    ((one, unquantized),) = run_ranks(train_all, 1, (None, moe), (None, native), timeout=120.0)
+    for (two,) in run_ranks(train_all, 2, (RECOMPUTED, moe), timeout=120.0):
+        assert two["changed"] == ["lm_head", ""], "experts are in FP8 already"
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        for name, parameter in one["parameters"].items():
+            assert distance(two["parameters"][name], parameter) < 1e-4, name
+        for recipe, tolerance in {"native": 1e-4, "fp8": 1e-3, "pro": 2e-2}.items():
+            torch.testing.assert_close(two["scores"][recipe], one["scores"][recipe], atol=tolerance, rtol=0)
+        assert torch.equal(two["scores"]["after"], two["scores"]["fp8"]), "the config's own format is back"
+        assert not torch.equal(two["scores"]["native"], two["scores"]["fp8"])
+    assert one["losses"][0] != pytest.approx(unquantized["losses"][0], rel=1e-6)
+    assert one["losses"] == pytest.approx(unquantized["losses"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_two_ranks_that_gather_bfloat16():
+    """FSDP2's mixed precision: what is quantised are numbers of bfloat16."""
+    rounded = {"compute_dtype": "bfloat16"}
+    ((one,),) = run_ranks(train_all, 1, (rounded, GROUPED), timeout=120.0)
+    for (two,) in run_ranks(train_all, 2, ({**rounded, **RECOMPUTED}, GROUPED), timeout=120.0):
+        assert two["losses"] == pytest.approx(one["losses"], rel=0.02)
+        for recipe, scores in one["scores"].items():
+            torch.testing.assert_close(two["scores"][recipe], scores, atol=0.05, rtol=0)
 
 
 def test_a_checkpoint_holds_the_same_and_opens_in_any_format():
