@@ -81,6 +81,12 @@ def test_chat_makes_a_text_the_turn_of_a_user():
     assert counted(response({"text": "a b c"}, chat=True))[0].endswith("<|endoftext|>")
 
 
+def test_the_end_need_not_count():
+    found = response({"prompt": "1 + 1 =", "response": " 2"}, PLAIN, count_end=False)
+    assert counted(found, PLAIN) == [" 2"]
+    assert counted(response({"messages": MESSAGES}, count_end=False)) == ["Hi!", "4"]
+
+
 def test_long_rows():
     fields = {"prompt": "a b c d", "response": " e f g h"}
     whole = response(fields, PLAIN)

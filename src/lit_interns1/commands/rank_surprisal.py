@@ -40,6 +40,7 @@ def rank_surprisal(
     chat: bool = False,
     max_length: int | None = None,
     overlong: Literal["error", "skip", "cut"] = "error",
+    count_end: bool = True,
     limit: int | None = None,
     source_field: str = "source",
     batch_tokens: int = 4096,
@@ -60,6 +61,7 @@ def rank_surprisal(
         chat: Prompts that are texts are turns of a user, and responses answers in the chat format.
         max_length: Most tokens of a row; default: the longest position of the model.
         overlong: What becomes of longer rows: an error, left out, or cut at the end.
+        count_end: Whether the token that ends a response counts; false for responses that stopped at a limit.
         limit: Read at most so many rows of each file; 200 per teacher is what the paper compares teachers with.
         source_field: The field that names the source (teacher) of a row; default for rows without: the file.
         batch_tokens: Tokens that go through the model together (a longer row alone).
@@ -82,22 +84,23 @@ def rank_surprisal(
         for option, path in (("--out", out), ("--selected", selected)):
             check_new(option, path)
         _score_and_select(
-            ckpt, data, out, selected, keep, best_per, tokenizer, max_rank, chat, max_length, overlong, limit,
-            source_field, batch_tokens, device,
+            ckpt, data, out, selected, keep, best_per, tokenizer, max_rank, chat, max_length, overlong, count_end,
+            limit, source_field, batch_tokens, device,
         )  # fmt: skip
 
 
 def _score_and_select(
     ckpt: str, data: list[str], out: str | None, selected: str | None, keep: float | None, best_per: str | None,
     tokenizer: str | None, max_rank: int, chat: bool, max_length: int | None,
-    overlong: Literal["error", "skip", "cut"], limit: int | None, source_field: str, batch_tokens: int, device: str,
+    overlong: Literal["error", "skip", "cut"], count_end: bool, limit: int | None, source_field: str, batch_tokens: int,
+    device: str,
 ) -> None:  # fmt: skip
     from lit_interns1.commands.generate import model_and_tokenizer
     from lit_interns1.data.responses import ResponseEncoder, read_rows
 
     model, encoder = model_and_tokenizer(Path(ckpt), tokenizer, device)
     length = model.config.positions.max_position_embeddings if max_length is None else max_length
-    response_encoder = ResponseEncoder(encoder, chat, length, overlong)
+    response_encoder = ResponseEncoder(encoder, chat, length, overlong, count_end)
     found = [response_encoder.encode(row) for path in data for row in read_rows(path, limit)]
     responses = [response for response in found if response is not None]
     if skipped := len(found) - len(responses):

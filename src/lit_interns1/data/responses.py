@@ -24,7 +24,7 @@ from torch import Tensor
 from lit_interns1.data.bundled_conversations import BUNDLED_CONVERSATIONS, bundled_record, bundled_size
 from lit_interns1.data.conversation_rows import ConversationFormat
 from lit_interns1.data.conversations import parse_conversation
-from lit_interns1.data.media_tokens import PRO_TOKENS
+from lit_interns1.data.media_tokens import PRO_TOKENS, token_id
 from lit_interns1.data.packed_batch import IGNORED_LABEL
 from lit_interns1.data.sources import SourceError, TextSource, json_objects
 from lit_interns1.data.tokenizer import TextTokenizer
@@ -116,17 +116,20 @@ class ResponseEncoder:
         chat: A prompt that is a text is the turn of a user, and the response the answer to it.
         max_length: Most tokens of a row.
         overlong: What becomes of longer ones: an error, left out, or cut at the end.
+        count_end: Whether the token that ends a response counts; not for responses that stopped at a limit.
 
     Raises:
         ValueError: If `max_length` is below 2.
     """
 
     def __init__(
-        self, tokenizer: TextTokenizer, chat: bool = False, max_length: int = 4096, overlong: Overlong = "error"
-    ) -> None:
+        self, tokenizer: TextTokenizer, chat: bool = False, max_length: int = 4096, overlong: Overlong = "error",
+        count_end: bool = True,
+    ) -> None:  # fmt: skip
         if max_length < 2:
             raise ValueError(f"max_length = {max_length} must be at least 2")
         self.tokenizer, self.chat, self.max_length, self.overlong = tokenizer, chat, max_length, overlong
+        self.count_end = count_end
         self._form = ConversationFormat(tokenizer, PRO_TOKENS, None, None)
 
     def encode(self, row: ResponseRow) -> Response | None:
@@ -170,7 +173,7 @@ class ResponseEncoder:
             raise SourceError(f"{where}, prompt: expected a text or a list of messages, got {type(prompt).__name__}")
         before, behind = self.tokenizer.encode(prompt), self.tokenizer.encode(response)
         behind.append(self.tokenizer.end_of_text_id)
-        return before + behind, [False] * len(before) + [True] * len(behind)
+        return before + behind, [False] * len(before) + [True] * (len(behind) - 1) + [self.count_end]
 
     def _conversation(self, messages: Any, where: str, last_only: bool = False) -> tuple[list[int], list[bool]]:
         conversation = parse_conversation({"messages": messages}, None, where)
@@ -181,4 +184,7 @@ class ResponseEncoder:
         if last_only:  # answers within the prompt are no part of the response
             before = len(self._form.render(conversation._replace(messages=conversation.messages[:-1])).ids)
             answers[:before] = [False] * before
+        if not self.count_end:
+            end = token_id(self.tokenizer, PRO_TOKENS.turn_end)
+            answers = [answer and token != end for answer, token in zip(answers, rendered.ids, strict=True)]
         return list(rendered.ids), answers
