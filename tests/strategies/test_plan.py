@@ -192,6 +192,21 @@ def test_flops_are_those_of_the_formula():
         assert cost.flops == pytest.approx(formula, rel=0.03)
 
 
+def test_products_of_fp8_experts_count_like_others():
+    from lit_interns1.nn.moe import LocalDispatcher, RoutedExperts
+    from lit_interns1.strategies.planning.recorder import StepRecorder
+
+    flops = {}
+    for precision in ("native", "fp8"):
+        experts = RoutedExperts(4, 128, 256, backend="fused", precision=precision)
+        x = torch.randn(10, 128, requires_grad=True)
+        rows = LocalDispatcher(4).dispatch(x, torch.arange(20).view(10, 2) % 4, torch.ones(10, 2))
+        with StepRecorder(experts) as recorder:
+            experts(rows).sum().backward()
+        flops[precision] = recorder.counts.flops
+    assert flops["fp8"] == flops["native"] == 3 * 6 * 20 * 128 * 256
+
+
 @pytest.mark.parametrize(
     ("experts", "choices", "groups", "ranks"), [(8, 2, 1, 4), (8, 4, 2, 4), (8, 2, 2, 2), (12, 4, 2, 3)]
 )
