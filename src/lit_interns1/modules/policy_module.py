@@ -199,13 +199,17 @@ class PolicyModule(LanguageModelModule):
         self, requests: Sequence[GenerationRequest], options: SamplingOptions, enough: int | None = None
     ) -> list[list[Sample]]:
         """Samples of the present weights; all ranks call it together."""
+        return self.synced_engine().generate(requests, options, enough)
+
+    def synced_engine(self) -> RolloutEngine:
+        """The engine, with the present weights; all ranks call it together."""
         if not self._connected:
             self.engine.connect(self.model, needs_routing=self.replay == "r3" and self.routing_shape() is not None)
             self._connected = True
         version = self.trainer.global_step if self._trainer is not None else 0
         copied = self.engine.capabilities.copies_weights
         self.engine.sync_weights(self.exported_weights() if copied else iter(()), version)
-        return self.engine.generate(requests, options, enough)
+        return self.engine
 
     def exported_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights under their names in a Hugging Face folder, one by one; all ranks iterate together."""

@@ -121,7 +121,7 @@ class Collector:
         for round_ in range(self.selection.max_rounds):
             if round_ and not self._anyone(len(kept) < per_rank):
                 break
-            groups, took = self._round(number, round_, per_rank, generate)
+            groups, took = self._round(number, round_, generate)
             for name, value in took.items():
                 seconds[name] += value
             for group in groups:
@@ -133,10 +133,25 @@ class Collector:
         self.sampler.report(self._all_outcomes(outcomes))
         return Collected(number, self._documents(kept), everything, _sums(everything), seconds)
 
-    def _round(
-        self, number: int, round_: int, per_rank: int, generate: Generate
-    ) -> tuple[list[list[ScoredSample]], dict[str, float]]:
+    def _round(self, number: int, round_: int, generate: Generate) -> tuple[list[list[ScoredSample]], dict[str, float]]:
         """Groups of this rank's share of a draw; aborted ones, too."""
+        prompts, requests, enough = self.draw(number, round_)
+        started = time.perf_counter()
+        samples = generate(requests, self.options, enough)
+        generated = time.perf_counter()
+        texts = [[self.form.text(sample.response_ids) for sample in group] for group in samples]
+        scored = self.rewards(prompts, samples, texts)
+        took = {"generate": generated - started, "judge": time.perf_counter() - generated}
+        return scored, took
+
+    def draw(self, number: int, round_: int = 0) -> tuple[list[Prompt], list[GenerationRequest], int | None]:
+        """This rank's share of the next prompts: the prompts, what an engine is asked, and how many are enough.
+
+        Args:
+            number: Of the rollout batch.
+            round_: Of drawing and generating.
+        """
+        per_rank = self.plan.prompts_per_rollout // self.plan.data_parallel_size
         extra = math.ceil(per_rank * self.selection.over_sample)
         width = (per_rank + extra) * self.plan.data_parallel_size
         indices = self.sampler.draw(width)
@@ -151,13 +166,7 @@ class Collector:
             )
             for prompt, place in zip(prompts, places, strict=True)
         ]
-        started = time.perf_counter()
-        samples = generate(requests, self.options, per_rank if extra else None)
-        generated = time.perf_counter()
-        texts = [[self.form.text(sample.response_ids) for sample in group] for group in samples]
-        scored = self.rewards(prompts, samples, texts)
-        took = {"generate": generated - started, "judge": time.perf_counter() - generated}
-        return scored, took
+        return prompts, requests, per_rank if extra else None
 
     def _documents(self, groups: list[list[ScoredSample]]) -> list[list[dict[str, Tensor]]]:
         """Documents by optimizer step."""

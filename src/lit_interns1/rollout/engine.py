@@ -29,7 +29,8 @@ class EngineCapabilities:
         logprobs: "sampling": log μ of the distribution that was drawn from; "raw": before temperature and truncation;
             "none".
         routed_experts: Whether it records routing.
-        concurrent: Whether it generates while the trainer computes, so that rollouts may overlap with updates.
+        concurrent: Whether it generates while the trainer computes, so that rollouts may overlap with updates: its
+            `generate` then calls no other rank, and may run in another thread.
         copies_weights: Whether it has weights of its own, which must be brought up to date.
     """
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -16,6 +18,8 @@ import lightning.pytorch as pl
 from lit_interns1.data.packed_batch import PackedBatch
 from lit_interns1.data.tokenizer import TextTokenizer
 from lit_interns1.rollout.collector import Collected, Collector, Rewards, Selection, gather_objects, merged_means
+from lit_interns1.rollout.engine import RolloutEngine
+from lit_interns1.rollout.overlap import Asked, GenerationAhead
 from lit_interns1.rollout.plan import RolloutPlan, blank_document, micro_batches
 from lit_interns1.rollout.prompt_format import PromptFormat
 from lit_interns1.rollout.prompts import PromptSampler, PromptSource, ShuffledPrompts
@@ -33,6 +37,9 @@ class Policy(Protocol):
         self, requests: Sequence[GenerationRequest], options: SamplingOptions, enough: int | None = None
     ) -> list[list[Sample]]:
         """Samples of the present weights; all ranks call it together."""
+
+    def synced_engine(self) -> RolloutEngine:
+        """The engine, with the present weights; all ranks call it together."""
 
     def prepare_rollout(self, updates: list[list[PackedBatch]], number: int) -> list[list[PackedBatch]]:
         """The micro-batches with everything that the losses need."""
@@ -79,6 +86,8 @@ class RolloutDataModule(pl.LightningDataModule):
         validation_temperature: Of validation samples; 0 = greedy.
         validation_batch: Prompts of one validation step on one rank.
         seed: Of prompts and samples.
+        overlap: Generate the next rollout batch while this one is trained on, with an engine that generates beside the
+            trainer; samples are then one rollout batch old.
 
     Raises:
         ValueError: If sizes do not fit, or there are fewer prompts than a rollout needs.
@@ -105,6 +114,7 @@ class RolloutDataModule(pl.LightningDataModule):
         validation_temperature: float = 1.0,
         validation_batch: int = 64,
         seed: int = 0,
+        overlap: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -126,6 +136,7 @@ class RolloutDataModule(pl.LightningDataModule):
         """The last rollout batch of this rank: samples, texts, rewards."""
         self.rollout_metrics: dict[str, float] = {}
         """Means over the last rollout batch of all ranks."""
+        self._ahead = GenerationAhead() if overlap else None
         self._loader: RolloutLoader | None = None
         self._restored: dict[str, Any] = {}
         self._sampler_started = False
@@ -180,7 +191,8 @@ class RolloutDataModule(pl.LightningDataModule):
         """Starts the sampler; for `fit` also sets the accumulation on the Trainer.
 
         Raises:
-            ValueError: If the Trainer has another accumulation, or there are too few prompts.
+            ValueError: If the Trainer has another accumulation, there are too few prompts, or `overlap` is asked of an
+                engine that cannot.
         """
         if not self._sampler_started:
             self.sampler.start([self.prompts[index].source for index in range(len(self.prompts))], self.seed)
@@ -195,6 +207,17 @@ class RolloutDataModule(pl.LightningDataModule):
             )
         self.trainer.accumulate_grad_batches = plan.accumulation
         self._loader = None
+        engine = getattr(self.trainer.lightning_module, "engine", None)
+        if self._ahead is not None and not (engine is not None and engine.capabilities.concurrent):
+            raise ValueError(
+                "overlap = True needs an engine that generates beside the trainer, such as RemoteEngine; "
+                f"{type(engine).__name__} does not"
+            )
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Ends a generation that is under way."""
+        if self._ahead is not None:
+            self._ahead.stop()
 
     def train_dataloader(self) -> RolloutLoader:
         """The loader of this rank; the same one, at its position, until the next `setup`."""
@@ -253,7 +276,10 @@ class RolloutDataModule(pl.LightningDataModule):
     def _make(self, number: int) -> ReadyRollout:
         """Generates, judges and prepares a rollout batch."""
         plan, policy = self.plan, self.policy
-        collected = self._collector(plan).collect(number, policy.generate_samples)
+        collected = self._collector(plan).collect(number, self._generate)
+        if self._ahead is not None and self._ahead.seconds is not None:
+            collected.seconds |= {"wait": collected.seconds["generate"], "generate": self._ahead.seconds}
+            self._ahead.seconds = None
         started = time.perf_counter()
         like = blank_document(policy.routing_shape())
         updates = [micro_batches(documents, plan, like) for documents in collected.documents]
@@ -266,7 +292,26 @@ class RolloutDataModule(pl.LightningDataModule):
         }
         self.rollout_metrics["throughput/rollout_tokens_per_second"] = tokens / max(collected.seconds["generate"], 1e-9)
         self.collected = collected
+        if self._ahead is not None and self._is_wanted(number + 1):
+            following = replace(self._collector(plan), sampler=deepcopy(self.sampler))  # which draws in earnest later
+            _, requests, enough = following.draw(number + 1)
+            self._ahead.start(policy.synced_engine(), Asked(requests, following.options, enough))
         return ReadyRollout(number, ready)
+
+    def _generate(
+        self, requests: Sequence[GenerationRequest], options: SamplingOptions, enough: int | None = None
+    ) -> list[list[Sample]]:
+        """Samples that were generated ahead, or else of the present weights."""
+        ahead = None if self._ahead is None else self._ahead.take(Asked(requests, options, enough))
+        return self.policy.generate_samples(requests, options, enough) if ahead is None else ahead
+
+    def _is_wanted(self, number: int) -> bool:
+        """Whether the Trainer will come to a rollout batch."""
+        assert self.trainer is not None
+        assert self._loader is not None
+        steps, epochs = self.trainer.max_steps, self.trainer.max_epochs
+        within = steps < 0 or number * self.plan.updates_per_rollout < steps
+        return within and (epochs is None or epochs < 0 or number < epochs * self._loader.rollouts_per_epoch)
 
     def _validate(self, places: Sequence[int]) -> ScoredGroups:
         """Samples of validation prompts, judged; all ranks call it together, with as many calls."""
@@ -280,6 +325,8 @@ class RolloutDataModule(pl.LightningDataModule):
             GenerationRequest(prompt.ids, sample_seeds(self.seed, -1, place, self.validation_generations))
             for prompt, place in zip(prompts, places, strict=True)
         ]
+        if self._ahead is not None:
+            self._ahead.settle()
         samples = self.policy.generate_samples(requests, options, None)
         texts = [[self.form.text(sample.response_ids) for sample in group] for group in samples]
         return ScoredGroups(self.rewards(prompts, samples, texts) if prompts else [])

@@ -81,9 +81,9 @@ class Batch:
                     left[i] -= 1
                     whole += not left[i]
                     if enough is not None and whole >= enough:
-                        self._end()
+                        self.end()
             except BaseException:
-                self._end()
+                self.end()
                 raise
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -91,7 +91,8 @@ class Batch:
                     server.pick_up()
         return samples
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Ends what is under way: samples that are not finished come back as "abort"."""
         self._stop.set()
         for server in self.servers:
             server.hang_up()
@@ -101,7 +102,7 @@ class Batch:
         try:
             return self._attempts(request, place, name, number)
         except EngineError:
-            self._end()  # before this thread begins with another sample
+            self.end()  # before this thread begins with another sample
             raise
 
     def _attempts(self, request: GenerationRequest, place: int, name: str, number: int) -> Sample | None:

@@ -135,7 +135,7 @@ class Server:
             raise PassingError(f"{where}: {reason}") from None
         finally:
             with self._lock:
-                self._open.discard(line)  # type: ignore[arg-type]
+                self._open.discard(line)
             connection.close()
         if response.status >= 400:
             told = f"{where}: HTTP {response.status}: {_quoted(data)}"

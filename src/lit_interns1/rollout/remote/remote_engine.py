@@ -107,6 +107,7 @@ class RemoteEngine:
         self._logprobs: LogprobsOf | None = None
         self._shape: RoutingShape | None = None
         self._written: Path | None = None
+        self._batch: Batch | None = None
         self._calls = 0
         self._name = uuid.uuid4().hex[:12]
         self._busy = threading.Lock()
@@ -170,11 +171,14 @@ class RemoteEngine:
             self._calls += 1
             expected = None if self.weight_version is None else str(self.weight_version)
             wanted = replace(self._wanted(options, self.weight_version or 0, self._shape), keep_logprobs=unlike is None)
-            batch = Batch(
+            self._batch = Batch(
                 self.dialect, self._usable(expected), self.patience, self.concurrency, wanted, expected,
                 f"{self._name}-{expected}-{self._calls}",
             )  # fmt: skip
-            return batch.run(requests, enough)
+            try:
+                return self._batch.run(requests, enough)
+            finally:
+                self._batch = None
 
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Brings the servers up to date; nothing happens if they have this version. All ranks call it together, and it
@@ -203,9 +207,10 @@ class RemoteEngine:
             self.weight_version = version
 
     def close(self) -> None:
-        """Ends what is under way. The folder of the last version stays: servers may read it again."""
-        for server in self.servers:
-            server.hang_up()
+        """Ends a `generate` that is under way. The folder of the last version stays: servers may read it again."""
+        batch = self._batch
+        if batch is not None:
+            batch.end()
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
