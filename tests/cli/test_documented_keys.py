@@ -38,6 +38,10 @@ OPTIONS = [
     "--router_monitor.layer_metrics=[max_violation, entropy]", f"--data.sources={SOURCES}",
     *(f"--data.{name}={value}" for name, value in DATA.items()),
 ]  # fmt: skip
+ROLLOUT_KEYS = (
+    r"(policy|rollout|mismatch|rollout_is)/|val/(reward|correct)(_standard_error)?$|val/response_length$"
+    r"|throughput/(generate_seconds|judge_seconds|prepare_seconds|rollout_tokens_per_second)$"
+)
 NOT_OF_THIS_RUN = {
     "val/accuracy": "a whole model",
     "train/temperature": "pairs of images and captions",
@@ -48,6 +52,15 @@ NOT_OF_THIS_RUN = {
     "val/text_to_image/recall_at_1": "pairs of images and captions",
     "val/text_to_image/recall_at_5": "pairs of images and captions",
     "val/retrieval_chance": "pairs of images and captions",
+    **dict.fromkeys(
+        (
+            *(f"{prefix}reward/{name}" for prefix in ("", "val/") for name in ("accuracy", "margin", "score")),
+            "val/reward/accuracy_standard_error",
+        ),
+        "a reward model",
+    ),
+    **{key: "rollouts" for key in documented_keys() if re.match(ROLLOUT_KEYS, key)},
+    **{key: "preferences" for key in documented_keys() if key.removeprefix("val/").startswith("preference/")},
     "stability/logit_mean": "a head that returns logits",
     "stability/logit_max": "a head that returns logits",
 }

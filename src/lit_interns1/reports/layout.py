@@ -90,6 +90,48 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        "Reward model",
+        ("reward",),
+        (
+            Chart("Pairs, or responses, in the right order", ("reward/accuracy", "val/reward/accuracy")),
+            Chart("Difference of the scores of a pair", ("reward/margin", "val/reward/margin")),
+            Chart("Mean score", ("reward/score", "val/reward/score")),
+        ),
+    ),
+    Section(
+        "Preference",
+        ("preference",),
+        (
+            Chart("Pairs in the right order", ("preference/accuracy", "val/preference/accuracy")),
+            Chart("Difference of the implicit rewards", ("preference/margin", "val/preference/margin"), "nats"),
+            Chart("Implicit rewards", ("preference/chosen_rewards", "preference/rejected_rewards"), "nats"),
+        ),
+    ),
+    Section(
+        "Rollouts",
+        ("rollout", "mismatch", "rollout_is"),
+        (
+            Chart("Reward", ("rollout/reward", "val/reward")),
+            Chart("Right answers", ("rollout/correct", "val/correct")),
+            Chart("Reward by source", ("rollout/reward/{source}",)),
+            Chart("Scores of judges", ("rollout/judge/{judge}",)),
+            Chart("Length of responses", ("rollout/response_length", "val/response_length"), "tokens"),
+            Chart("Samples that teach nothing", ("rollout/zero_variance", "rollout/failed", "rollout/truncated")),
+            Chart("Engine against trainer: KL", ("mismatch/k1", "mismatch/k3"), "nats"),
+            Chart("Engine against trainer: tokens off by a factor of 2", ("mismatch/extreme",)),
+            Chart("Masked by the correction", ("rollout_is/masked", "rollout_is/rejected")),
+        ),
+    ),
+    Section(
+        "Policy",
+        ("policy",),
+        (
+            Chart("Entropy", ("policy/entropy",), "nats"),
+            Chart("Terms of the loss", ("policy/loss/{term}",)),
+            Chart("Clipped", ("policy/clip_fraction/{side}",)),
+        ),
+    ),
+    Section(
         "Capability salience",
         ("salience",),
         (
@@ -141,6 +183,12 @@ SECTIONS: tuple[Section, ...] = (
             Chart("Tokens per second", ("throughput/tokens_per_second",), "tokens/s"),
             Chart("Time of an optimizer step", ("throughput/step_seconds",), "s"),
             Chart("Share of the peak (MFU)", ("throughput/mfu",)),
+            Chart(
+                "Time of a rollout batch",
+                ("throughput/generate_seconds", "throughput/judge_seconds", "throughput/prepare_seconds"),
+                "s",
+            ),
+            Chart("Generated tokens per second", ("throughput/rollout_tokens_per_second",), "tokens/s"),
         ),
     ),
 )
