@@ -92,10 +92,10 @@ def test_cached_steps_equal_attention_at_once():
         torch.testing.assert_close(torch.cat(piece).double(), expected, atol=2e-5, rtol=1e-4)
     cache.copy(2, [3, 0], 7)
     for whole, rows in ((cache.keys[0], k), (cache.values[0], v)):
-        third = rows.split(totals)[2]
-        assert torch.equal(whole[3, :7], third[:7])
-        assert torch.equal(whole[0, :7], third[:7])
-        assert torch.equal(whole[2, :11], third)
+        third = rows.split(totals)[2].transpose(0, 1)
+        assert torch.equal(whole[3, :, :7], third[:, :7])
+        assert torch.equal(whole[0, :, :7], third[:, :7])
+        assert torch.equal(whole[2, :, :11], third)
     with pytest.raises(ValueError, match="13 tokens does not fit into a cache of 12"):
         CachedAttention(cache, torch.tensor([9, 4, 12]), 12)
     with pytest.raises(ValueError, match="14 tokens does not fit into a cache of 12"):

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from lit_interns1.models.config import LanguageModelConfig
 from lit_interns1.models.sampling import as_int64, next_tokens, random_bits, uniform
 from lit_interns1.nn.document_attention import DocumentAttention
 from lit_interns1.nn.kv_cache import CachedAttention, KeyValueCache
+from lit_interns1.nn.moe import Router
 
 PREFILL_TOKENS = 8192
 """Prompt tokens of one step, at most, if it is not a single prompt: the memory of a forward pass is bounded by it."""
@@ -74,14 +75,27 @@ class Continuation:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode that it was in."""
+    """Evaluation mode inside, without statistics of routers; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
+    measuring = [module for module, _ in modes if isinstance(module, Router) and module.measures]
     model.eval()
+    for router in measuring:
+        router.measures = False
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for router in measuring:
+            router.measures = True
+
+
+def _copied(continuation: Continuation) -> Continuation:
+    routing = continuation.routed_experts
+    return replace(
+        continuation, log_probs=continuation.log_probs.cpu().clone(),
+        routed_experts=None if routing is None else routing.cpu().clone(),
+    )  # fmt: skip
 
 
 class _Seat(NamedTuple):
@@ -123,6 +137,8 @@ class DecodeLoop:
         stop_ids: Tokens that end a sequence.
         record_routing: Also give the expert ids.
         embed: Embeds the tokens of sequences that decode, for prompts that come as embeddings.
+        inference_mode: Run in torch's inference mode, which takes less of the host's time. A network whose parameters
+            are gathered (FSDP2) cannot: what is gathered there could not be trained with.
         on_tokens: Called before every forward pass with a (T,) int64 key of each token, which depends on prompt, seed
             and position, not on what else is in the batch.
 
@@ -131,13 +147,14 @@ class DecodeLoop:
     """
 
     def __init__(
-        self, forward: Callable[..., Any], config: LanguageModelConfig, device: torch.device, *, num_slots: int, max_length: int,
-        max_new_tokens: int, temperature: float, top_p: float, top_k: int, stop_ids: Sequence[int],
+        self, forward: Callable[..., Any], config: LanguageModelConfig, device: torch.device, *,
+        num_slots: int, max_length: int, max_new_tokens: int, temperature: float, top_p: float, top_k: int,
+        stop_ids: Sequence[int],
         record_routing: bool = False, embed: Callable[[Tensor], Tensor] | None = None,
-        on_tokens: Callable[[Tensor], None] | None = None,
+        inference_mode: bool = True, on_tokens: Callable[[Tensor], None] | None = None,
     ) -> None:  # fmt: skip
         self._forward, self._config, self._device = forward, config, device
-        self._embed, self._on_tokens = embed, on_tokens
+        self._embed, self._on_tokens, self._inference = embed, on_tokens, inference_mode
         self._sampling = temperature, top_p, top_k
         self._stops = np.array(sorted(set(stop_ids)), dtype=np.int64)
         self._waiting: deque[WaitingPrompt] = deque()
@@ -175,6 +192,15 @@ class DecodeLoop:
 
         Where there is no token to run, the pass is that of `idle`: ranks that share a model stay in step.
         """
+        with self._without_gradients():
+            finished = self._step()
+        # tensors of inference mode could not be trained with: copies, made outside
+        return [_copied(continuation) for continuation in finished]
+
+    def _without_gradients(self) -> AbstractContextManager[Any]:
+        return torch.inference_mode() if self._inference else torch.no_grad()
+
+    def _step(self) -> list[Continuation]:
         decoding = len(self._seats)
         spare, late = self._spare, self._seat_late()
         seated = self._seat_waiting()
@@ -201,11 +227,12 @@ class DecodeLoop:
         attend = DocumentAttention(torch.tensor([0, 1], device=self._device), self._config.attention_backend)
         if self._on_tokens is not None:
             self._on_tokens(token)
-        self._forward(token, position_ids=token, attend=attend, logits_index=token)
+        with self._without_gradients():
+            self._forward(token, position_ids=token, attend=attend, logits_index=token)
 
     def abort(self) -> list[Continuation]:
         """Ends everything; gives what there is of all sequences, also of those that were never begun."""
-        left = [self._leave(slot, stopped=False, finished=False) for slot in range(len(self._seats))]
+        left = [_copied(self._leave(slot, stopped=False, finished=False)) for slot in range(len(self._seats))]
         unseated = [(prompt, 0) for prompt in self._waiting]
         if self._spare is not None:
             unseated.insert(0, (self._spare.prompt, self._spare.next_sample))
@@ -255,9 +282,8 @@ class DecodeLoop:
     def _copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Keys, values and routing of the first tokens of a slot into others."""
         self._cache.copy(source, targets, length)
-        if self._routing is not None:
-            for target in targets:
-                self._routing[target, :length] = self._routing[source, :length]
+        if self._routing is not None and targets:
+            self._routing[list(targets), :length] = self._routing[source, :length].clone()
 
     # -- forward pass --------------------------------------------------------------------------------------------------
 
@@ -280,7 +306,7 @@ class DecodeLoop:
             logits_index=self._to_device(last_N), record_routing=self._routing is not None,
         )  # fmt: skip
         if self._routing is not None:
-            self._routing.flatten(0, 1).index_copy_(0, attend.place_T, output.routing.stacked())
+            self._routing[attend.slot_T, attend.position_ids_T] = output.routing.stacked()
         logits: Tensor = output.logits
         return logits
 
@@ -327,8 +353,8 @@ class DecodeLoop:
         (prompt, sample), count = self._seats[slot], int(self._counts[slot])
         routing = None
         if self._routing is not None:
-            routing = self._routing[slot, : len(prompt.ids_T) + count - 1].to("cpu", copy=True)
-        log_probs = self._log_probs[slot, :count].to("cpu", copy=True)
+            routing = self._routing[slot, : len(prompt.ids_T) + count - 1].clone()  # the slot is used again
+        log_probs = self._log_probs[slot, :count].clone()
         tokens: list[int] = self._tokens[slot, :count].tolist()
         return Continuation(prompt.number, sample, tokens, log_probs, stopped, finished, routing)
 

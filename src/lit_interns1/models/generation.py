@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from lit_interns1.models.decode_loop import Continuation, DecodeLoop, WaitingPrompt, evaluating
 from lit_interns1.models.language_model import LanguageModel
@@ -92,7 +93,7 @@ def generate(
     loop = DecodeLoop(
         model, model.config, device, num_slots=count, max_length=longest + max_new_tokens - 1,
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=stop_ids,
-        record_routing=record_routing, embed=model.embed_tokens,
+        record_routing=record_routing, embed=model.embed_tokens, inference_mode=not isinstance(model, FSDPModule),
     )  # fmt: skip
     for first, *others in groups.values():
         seeds = tuple(seed * 1_000_003 + index for index in (first, *others))

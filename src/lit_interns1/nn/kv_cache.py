@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from lit_interns1.nn.document_attention import AttentionBackend, DocumentAttention, grouped_attention
+from lit_interns1.nn.document_attention import AttentionBackend, DocumentAttention
 
 
 class KeyValueCache:
@@ -25,7 +26,7 @@ class KeyValueCache:
         max_length: Tokens per sequence that fit.
 
     Attributes:
-        keys: By layer, (slots, tokens, key/value heads, d); None before the first write.
+        keys: By layer, (slots, key/value heads, tokens, d); None before the first write.
         values: As `keys`.
     """
 
@@ -34,12 +35,13 @@ class KeyValueCache:
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
 
-    def write(self, layer: int, place_T: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, row_R: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values of tokens, and gives all of the layer's.
 
         Args:
             layer: Which.
-            place_T: (T,) slot · max_length + position.
+            row_R: (T · key/value heads,) where each head of each token goes: (slot · heads + head) · max_length +
+                position.
             k_TGd: (T, key/value heads, d).
             v_TGd: As `k_TGd`.
         """
@@ -48,18 +50,17 @@ class KeyValueCache:
             whole = stored[layer]
             if whole is None:
                 # zeros, because what is masked still takes part in products: 0 · NaN would be NaN
-                shape = (self.num_slots, self.max_length, *new.shape[1:])
+                shape = (self.num_slots, new.shape[1], self.max_length, new.shape[2])
                 whole = stored[layer] = torch.zeros(shape, dtype=new.dtype, device=new.device)
-            whole.view(-1, *new.shape[1:]).index_copy_(0, place_T, new)
+            whole.view(-1, new.shape[2]).index_copy_(0, row_R, new.reshape(-1, new.shape[2]))
             result.append(whole)
         return result[0], result[1]
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copies the first `length` tokens of a slot into others."""
         for whole in (*self.keys, *self.values):
-            if whole is not None:
-                for target in targets:
-                    whole[target, :length] = whole[source, :length]
+            if whole is not None and targets:
+                whole[list(targets), :, :length] = whole[source, :, :length].clone()
 
 
 class CachedAttention:
@@ -74,7 +75,7 @@ class CachedAttention:
 
     Attributes:
         position_ids_T: (T,) positions of the new tokens in their sequences.
-        place_T: (T,) their places in the cache, slot · max_length + position.
+        slot_T: (T,) their slots.
 
     Raises:
         ValueError: If a sequence outgrows the cache.
@@ -88,12 +89,12 @@ class CachedAttention:
         longest = longest + 1 if len(past_B) else 0
         if (needed := max(longest, *(length for _, length in prompts), 0)) > cache.max_length:
             raise ValueError(f"a sequence of {needed} tokens does not fit into a cache of {cache.max_length}")
-        positions = [past_B]
-        places = [torch.arange(len(past_B), device=device) * cache.max_length + past_B]
+        positions, slots = [past_B], [torch.arange(len(past_B), device=device)]
         for slot, length in prompts:
             positions.append(torch.arange(length, device=device))
-            places.append(positions[-1] + slot * cache.max_length)
-        self.position_ids_T, self.place_T = torch.cat(positions), torch.cat(places)
+            slots.append(torch.full((length,), slot, device=device))
+        self.position_ids_T, self.slot_T = torch.cat(positions), torch.cat(slots)
+        self._rows: Tensor | None = None
         self._longest = longest
         self._masked_BK = torch.arange(longest, device=device) > past_B[:, None]
         self._mask: Tensor | None = None
@@ -104,7 +105,11 @@ class CachedAttention:
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         """(T, heads, d), (T, key/value heads, d) twice → (T, heads, d)."""
-        keys, values = self.cache.write(layer, self.place_T, k_TGd, v_TGd)
+        heads = k_TGd.shape[1]
+        if self._rows is None:
+            head_TG = self.slot_T[:, None] * heads + torch.arange(heads, device=k_TGd.device)
+            self._rows = (head_TG * self.cache.max_length + self.position_ids_T[:, None]).flatten()
+        keys, values = self.cache.write(layer, self._rows, k_TGd, v_TGd)
         count, outputs = self._decoding, []
         if count:
             outputs.append(self._decode(q_THd[:count], keys, values))
@@ -116,7 +121,7 @@ class CachedAttention:
         if self._mask is None or self._mask.dtype != q_BHd.dtype:  # additive, made once for all layers
             zeros = torch.zeros_like(self._masked_BK, dtype=q_BHd.dtype)
             self._mask = zeros.masked_fill_(self._masked_BK, -torch.inf)[:, None, None]
-        past = slice(self._decoding), slice(self._longest)
-        # query heads that share a key stand where query tokens do: (B, heads of a key, key/value heads, d)
-        q = q_BHd.unflatten(1, (keys.shape[2], -1)).transpose(1, 2)
-        return grouped_attention(q, keys[past], values[past], self._mask).transpose(1, 2).flatten(1, 2)
+        # query heads that share keys stand where query tokens do: (B, key/value heads, heads of a key, d)
+        q = q_BHd.unflatten(1, (keys.shape[1], -1))
+        past = slice(self._decoding), slice(None), slice(self._longest)
+        return F.scaled_dot_product_attention(q, keys[past], values[past], attn_mask=self._mask).flatten(1, 2)

@@ -49,9 +49,9 @@ class DividedPolicy:
                 self._agreement = RowAgreement(widest)
 
     @property
-    def is_divided(self) -> bool:
-        """Whether several ranks share the network."""
-        return self._agreement is not None
+    def gathers(self) -> bool:
+        """Whether the network gathers its parameters when it runs."""
+        return bool(self._units)
 
     def anyone(self, going: bool) -> bool:
         """Whether any rank goes on; all must ask."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lit_interns1.models import LanguageModel, MultimodalModel
 from lit_interns1.models.decode_loop import Continuation, DecodeLoop, WaitingPrompt, evaluating
 from lit_interns1.rollout.divided_policy import DividedPolicy
-from lit_interns1.rollout.engine import EngineCapabilities, EngineError
+from lit_interns1.rollout.engine import EngineCapabilities, EngineError, RolloutEngine
 from lit_interns1.rollout.router_noise import RouterNoise
 from lit_interns1.rollout.samples import FinishReason, GenerationRequest, Sample, SamplingOptions
 
@@ -43,7 +43,7 @@ class GenerationProgress:
     new_tokens: int
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(RolloutEngine):
     """Generates with the policy that it is connected to; implements `RolloutEngine`.
 
     Args:
@@ -125,11 +125,16 @@ class EmbeddedEngine:
                 tokens that they have and end as "abort".
 
         Raises:
-            EngineError: If the engine is not connected, or the network is divided in an unknown way.
+            EngineError: If the engine is not connected, or the network is divided in a way that it cannot follow.
         """
         if self._policy is None:
             raise EngineError("EmbeddedEngine: connect(policy, ...) must come before generate")
         policy, divided = self._policy, DividedPolicy(self._policy)
+        if divided.gathers and not isinstance(policy, LanguageModel):
+            raise EngineError(
+                f"EmbeddedEngine: a {type(policy).__name__} whose parameters are divided cannot generate; a divided "
+                "LanguageModel can"
+            )
         tally = _Tally(requests, self.weight_version)
         with ExitStack() as stack:
             stack.enter_context(evaluating(policy))
@@ -138,7 +143,8 @@ class EmbeddedEngine:
             if self.router_noise > 0:
                 routers = [layer.router for layer in self._language_model.moe_layers]
                 noise = stack.enter_context(RouterNoise(routers, self.router_noise, self.noise_seed))
-            loop = self._loop(tally, options, None if noise is None else noise.on_tokens)
+            on_tokens = None if noise is None else noise.on_tokens
+            loop = self._loop(tally, options, inference_mode=not divided.gathers, on_tokens=on_tokens)
             while divided.anyone(going := loop.going and (enough is None or tally.whole < enough)):
                 if not going:
                     loop.idle()
@@ -149,7 +155,7 @@ class EmbeddedEngine:
             tally.take(loop.abort())
         return tally.samples()
 
-    def _loop(self, tally: _Tally, options: SamplingOptions, on_tokens: Callable[[Tensor], None] | None) -> DecodeLoop:
+    def _loop(self, tally: _Tally, options: SamplingOptions, **others: Any) -> DecodeLoop:
         """The decode loop with all requests in its line."""
         config, requests = self._language_model.config, tally.requests
         limits = [self._room(len(request.prompt_ids), options.max_new_tokens) for request in requests]
@@ -158,12 +164,11 @@ class EmbeddedEngine:
         slots = min(self.max_batch_size, sum(len(request.seeds) for request, _ in fitting))
         if self.max_cache_tokens is not None:
             slots = min(slots, self.max_cache_tokens // max_length)
-        assert self._policy is not None
         loop = DecodeLoop(
-            self._policy, config, _device(self._language_model), num_slots=slots, max_length=max_length,
+            self._language_model, config, _device(self._language_model), num_slots=slots, max_length=max_length,
             max_new_tokens=max((limit for _, limit in fitting), default=1), temperature=options.temperature,
             top_p=options.top_p, top_k=options.top_k, stop_ids=options.stop_ids, record_routing=self._records,
-            on_tokens=on_tokens,
+            **others,
         )  # fmt: skip
         for number, (request, limit) in enumerate(zip(requests, limits, strict=True)):
             if limit <= 0:
