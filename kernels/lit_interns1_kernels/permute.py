@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_interns1_kernels.backends import triton_target
+from lit_interns1_kernels.backends import runs_plainly, triton_target
 
 _GATHERED_TOKENS = 32
 """Tokens whose rows are gathered at a time on a CPU; their copies stay in the cache."""
@@ -102,7 +102,7 @@ def group_by_expert(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
         raise ValueError(f"ids_TK {tuple(ids_TK.shape)}, {ids_TK.dtype}: must be a matrix of integers")
     if num_experts < 1:
         raise ValueError(f"num_experts = {num_experts} must be at least 1")
-    return _group(ids_TK, num_experts)
+    return (_sort_by_expert if runs_plainly(ids_TK) else _group)(ids_TK, num_experts)
 
 
 @torch.library.custom_op("lit_interns1::permute_rows", mutates_args=(), device_types="cpu")

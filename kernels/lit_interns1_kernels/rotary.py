@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_interns1_kernels.backends import triton_target
+from lit_interns1_kernels.backends import runs_plainly, triton_target
 
 
 def rotary_reference(x_THd: Tensor, cos_TGd: Tensor, sin_TGd: Tensor) -> Tensor:
@@ -166,5 +166,5 @@ def rotary(x_THd: Tensor, cos_TGd: Tensor, sin_TGd: Tensor) -> Tensor:
             f"sin_TGd {tuple(sin_TGd.shape)}, {sin_TGd.dtype} must have the shape and the dtype of "
             f"cos_TGd {tuple(shape)}, {cos_TGd.dtype}"
         )
-    y_THd: Tensor = _rotary(x_THd, cos_TGd, sin_TGd, False)
+    y_THd: Tensor = (_rotate if runs_plainly(x_THd, cos_TGd, sin_TGd) else _rotary)(x_THd, cos_TGd, sin_TGd, False)
     return y_THd

@@ -30,6 +30,9 @@ _SHORT_WORK = 2e10
 """Floating point operations of forward below which cores that still spin for other threads' work cost more than they
 give (about 20 ms on two cores)."""
 
+_DECODING_WORK = 1e8
+"""Floating point operations below which, without gradients, walking over blocks costs more than it saves."""
+
 
 def check_grouped_mm_sizes(hidden_size: int, intermediate_size: int, element_size: int = 2) -> str | None:
     """Why `torch.nn.functional.grouped_mm` cannot take these sizes (rows must be multiples of 16 bytes), or None.
@@ -171,7 +174,10 @@ def choose_expert_backend(
         return "grouped_mm" if groupable else "loop"
     if torch.compiler.is_compiling() or x_SD.device.type != "cpu" or x_SD.dtype != torch.float32 or not groupable:
         return "fused"
-    short = 3.0 * num_rows * inner * hidden < _SHORT_WORK
+    work = 3.0 * num_rows * inner * hidden
+    if not torch.is_grad_enabled() and work < _DECODING_WORK:
+        return "grouped_mm"
+    short = work < _SHORT_WORK
     return "grouped_mm" if short and torch.get_num_threads() > 1 and not waiting_threads_sleep() else "fused"
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_interns1_kernels.backends import triton_target
+from lit_interns1_kernels.backends import runs_plainly, triton_target
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -200,6 +200,8 @@ def route(
         raise ValueError(f"temperature = {temperature} must be greater than 0")
     if replay_TK is not None and replay_TK.shape != (logits_TE.shape[0], k):
         raise ValueError(f"replay_TK {tuple(replay_TK.shape)} must be {(logits_TE.shape[0], k)}: tokens, choices")
+    if runs_plainly(logits_TE, replay_TK):
+        return _route_torch(logits_TE, k, num_groups, normalize, float(scaling), replay_TK)
     straight_through = gradient == "ste"
     dense, tau = straight_through or not normalize, float(temperature) if straight_through else 1.0
     return _route(logits_TE, k, num_groups, normalize, float(scaling), dense, tau, replay_TK)

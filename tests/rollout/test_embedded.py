@@ -261,6 +261,20 @@ def test_a_multimodal_policy_continues_text():
     assert tokens(found) == tokens(engine(whole.language_model).generate(REQUESTS, SAMPLED))
 
 
+def test_generated_tokens_are_in_no_statistic_of_routers(model):
+    counts = []
+    hook = model.register_forward_hook(
+        lambda module, args, output: counts.extend(float(stats.counts_E.sum()) for stats in output.router_stats)
+    )
+    try:
+        engine(model).generate(REQUESTS[:1], SamplingOptions(max_new_tokens=3))
+        assert counts == [0.0] * 6  # 3 passes, 2 layers
+        model(torch.arange(5))
+        assert counts[6:] == [20.0] * 2
+    finally:
+        hook.remove()
+
+
 def test_an_error_leaves_the_model_as_it_was(model):
     def fail(progress):
         raise KeyboardInterrupt

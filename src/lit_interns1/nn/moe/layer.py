@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lit_interns1.nn.moe.dispatch import LocalDispatcher, StartsEarly, TokenDispatcher
+from lit_interns1.nn.moe.dispatch import LocalDispatcher, TokenDispatcher
 from lit_interns1.nn.moe.experts import RoutedExperts
 from lit_interns1.nn.moe.router import Router, Routing
 
@@ -34,7 +34,7 @@ class MoEFeedForward(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """(T, D) → (T, D) and the routing. `replay_TK`, `token_mask_T` and `recomputing` as in `Router.forward`."""
         dispatcher, started = self.dispatcher, {}
-        if isinstance(dispatcher, StartsEarly):
+        if hasattr(dispatcher, "start"):  # `StartsEarly`; asking the protocol takes as long as the router does
             chooses = replay_TK is None or recomputing
             started = {"started": dispatcher.start(x_TD, self.router.num_groups if chooses else 1)}
         routing = self.router(x_TD, replay_TK, token_mask_T, recomputing)

@@ -89,6 +89,7 @@ class Router(nn.Module):
         self.gradient: Literal["topk", "ste"] = gradient
         self.initializer_std = initializer_std
         self.measures_logits = False  # monitors switch it on when they want `RouterStats.logits`
+        self.measures = True  # who generates switches it off: its tokens are in no statistic
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def parameter_distribution(self, name: str) -> Distribution:
@@ -178,7 +179,10 @@ class Router(nn.Module):
             weights_TK, ids_TK, probabilities_TE = self.decide(logits_TE, replay_TK)
             if self.dtype == "native":
                 weights_TK = weights_TK.to(x_TD.dtype)
-            stats = RouterStats.measure(logits_TE, probabilities_TE, ids_TK, token_mask_T, self.measures_logits)
+            if self.measures:
+                stats = RouterStats.measure(logits_TE, probabilities_TE, ids_TK, token_mask_T, self.measures_logits)
+            else:
+                stats = RouterStats.of_nothing(logits_TE)
         return Routing(ids_TK, weights_TK, stats, logits_TE)
 
     def extra_repr(self) -> str:

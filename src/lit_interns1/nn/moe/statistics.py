@@ -107,6 +107,12 @@ class RouterStats(NamedTuple):
         return RouterStats(counts_E, probability_sum, z_square_sum, num_tokens, logits)
 
     @staticmethod
+    def of_nothing(logits_TE: Tensor) -> RouterStats:
+        """Of no token, with the experts and the device of these logits."""
+        zeros_E = logits_TE.new_zeros(logits_TE.shape[-1])
+        return RouterStats(zeros_E, zeros_E, zeros_E[0], zeros_E[0])
+
+    @staticmethod
     def from_logits(logits_TE: Tensor, experts_per_token: int, token_mask_T: Tensor | None = None) -> RouterStats:
         """Statistics of a foreign softmax top-k router from its logits (T, E), e.g. of a transformers gate."""
         logits_TE = logits_TE.float()
