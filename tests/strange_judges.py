@@ -74,3 +74,8 @@ class UnloadableJudge:
 
 def _refuse():
     raise OSError("the licence server is down")
+
+
+def of_length(prompt, text, sample):
+    """A plain function as a judge."""
+    return len(text)

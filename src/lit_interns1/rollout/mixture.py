@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
+from lit_interns1.rollout.collector import Rewards
 from lit_interns1.rollout.judges.base import Failure, FailureCause, Judge, Judgement, Verdict, judge_samples
 from lit_interns1.rollout.judges.workers import JudgePool, Task
 from lit_interns1.rollout.running_moments import RunningMoments
@@ -96,7 +97,7 @@ class JudgeEntry:
         return factor * (y0 if x1 <= x0 else y0 + (y1 - y0) * (rollout - x0) / (x1 - x0))
 
 
-class MixtureOfRewards:
+class MixtureOfRewards(Rewards):
     """Judges samples and mixes what the judges say.
 
     The parts of each sample are the raw scores by judge, and 0 or 1 for `<judge>/failed_error`, `/failed_timeout` and

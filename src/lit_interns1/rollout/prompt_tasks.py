@@ -7,18 +7,17 @@ JoinedPrompts           several sources as one
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
 from lit_interns1.data.arithmetic import ArithmeticKind, ArithmeticProblems, Split
-from lit_interns1.rollout.judges.optional import need
+from lit_interns1.rollout.judges.reasoning_gym import gym_dataset
 from lit_interns1.rollout.prompts import PromptSource, RawPrompt
 
 
-class ArithmeticPrompts:
+class ArithmeticPrompts(PromptSource):
     """Arithmetic problems; `data["answer"]` is the result. With the defaults the same questions as the conversations
     `bundled:chain-sum/train` and `bundled:chain-sum/test`.
 
@@ -66,7 +65,7 @@ class ArithmeticPrompts:
         return RawPrompt(question, self.source, {"answer": answer})
 
 
-class ReasoningGymPrompts:
+class ReasoningGymPrompts(PromptSource):
     """Tasks of a data set of reasoning-gym (extra `rl`), for `ReasoningGymJudge`.
 
     Its items are a function of name, configuration, seed and number. Two seeds may share items: where that matters,
@@ -96,7 +95,7 @@ class ReasoningGymPrompts:
             raise ValueError(f"size must be at least 1, got {size}")
         self.name, self.seed, self.config = name, seed, dict(config or {})
         self.source = f"reasoning-gym/{name}" if source is None else source
-        self.dataset = gym_dataset(name, json.dumps({**self.config, "size": size, "seed": seed}))
+        self.dataset = gym_dataset(name, {**self.config, "size": size, "seed": seed})
 
     def __len__(self) -> int:
         """How many there are."""
@@ -109,25 +108,7 @@ class ReasoningGymPrompts:
         return RawPrompt(entry["question"], self.source, data)
 
 
-def gym_dataset(name: str, options: str) -> Any:
-    """A data set of reasoning-gym.
-
-    Args:
-        name: Its name.
-        options: Its options as JSON.
-
-    Raises:
-        ImportError: If reasoning-gym is not installed.
-        ValueError: If there is no such data set, or it refuses its options.
-    """
-    gym = need("reasoning_gym", "reasoning-gym")
-    try:
-        return gym.create_dataset(name, **json.loads(options))
-    except Exception as error:  # unknown names, unknown options and assertions about their values
-        raise ValueError(f"reasoning-gym data set {name!r} with {options}: {type(error).__name__}: {error}") from None
-
-
-class JoinedPrompts:
+class JoinedPrompts(PromptSource):
     """Several sources of prompts as one, one behind the other.
 
     Args:

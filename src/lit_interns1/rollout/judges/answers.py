@@ -17,14 +17,13 @@ import re
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
-from lit_interns1.rollout.judges.base import Judgement
+from lit_interns1.rollout.judges.base import Judge, Judgement
 from lit_interns1.rollout.samples import Prompt, Sample
 
 Extraction = Literal["exact", "last_number", "boxed", "tag", "pattern"]
 # A sign behind a digit, a letter or a bracket is an operator: the last number of 5-3 is 3.
-_NUMBER = re.compile(
-    r"(?:(?<![\w.)\]])[-−+])?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|(?:(?<![\w.)\]])[-−+])?\.\d+"
-)
+_SIGN = r"(?:(?<![\w.)\]])[-−+])?"
+_NUMBER = re.compile(rf"{_SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?![\d,])|\d+)(?:\.\d+)?|{_SIGN}(?<![\w.])\.\d+")
 _WHOLE_NUMBER = re.compile(rf"(?:{_NUMBER.pattern})\.?")
 
 
@@ -95,7 +94,7 @@ def reference(prompt: Prompt, field: str) -> Any:
     return value
 
 
-class AnswerJudge:
+class AnswerJudge(Judge):
     """1 if the answer equals the reference, else 0.
 
     Args:

@@ -228,18 +228,19 @@ class JudgePool:
         patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
         heard = wait([worker.connection for worker in busy], patience)
         for worker in busy:
-            assert worker.task is not None
-            task = tasks[worker.task]
+            place = worker.task
+            assert place is not None
+            task = tasks[place]
             if worker.connection in heard:
                 try:
-                    found[worker.task] = pickle.loads(worker.connection.recv_bytes())
+                    found[place] = pickle.loads(worker.connection.recv_bytes())
                     worker.task = None
                 except (EOFError, OSError):
                     code = self._end_worker(worker)
-                    found[worker.task] = _failures(task, "error", f"the worker died, exit code {code}")
+                    found[place] = _failures(task, "error", f"the worker died, exit code {code}")
             elif time.monotonic() >= worker.deadline:
                 self._end_worker(worker)
-                found[worker.task] = _failures(task, "timeout", f"no judgement after {task.timeout:g} s")
+                found[place] = _failures(task, "timeout", f"no judgement after {task.timeout:g} s")
 
     def _new_worker(self) -> _Worker:
         if not self._templates:
