@@ -139,8 +139,8 @@ def apply_precision(model: nn.Module, recipe: PrecisionRecipe) -> AppliedPrecisi
         for name, part in experts:
             applied._set(name, part, "precision", recipe.experts)
     if recipe.head is not None:
-        for name, part in heads:
-            applied._set(name, part, "logits_dtype", torch.float32 if recipe.head == "float32" else None)
+        for name, head in heads:
+            applied._set(name, head, "logits_dtype", torch.float32 if recipe.head == "float32" else None)
     if recipe.dense is not None:
         applied._wrap_forward(model, recipe.dense)
     return applied
