@@ -7,10 +7,16 @@ from collections import Counter
 
 import jsonargparse
 import pytest
+import torch
 
 from judged_samples import prompt, sample, score_groups
-from lit_interns1.rollout import JudgeEntry, MixtureOfRewards
+from lit_interns1.rollout import JudgeEntry, MixtureOfRewards, Sample, SamplingOptions
+from lit_interns1.rollout.collector import Collector, Selection
 from lit_interns1.rollout.judges import AnswerJudge, Judgement
+from lit_interns1.rollout.plan import RolloutPlan
+from lit_interns1.rollout.prompt_format import PromptFormat
+from lit_interns1.rollout.prompts import RawPrompt, ShuffledPrompts
+from lit_interns1.rollout.rollout_data_module import RolloutDataModule
 from lit_interns1.rollout.running_moments import RunningMoments
 from strange_judges import ODD, GroupJudge, ProcessJudge, StrangeJudge, UnloadableJudge
 
@@ -292,6 +298,58 @@ def test_a_judge_that_always_fails_ends_the_run_on_all_ranks():
         RuntimeError, match=r"judge 'a' failed on every sample of 2 rollout batches.*ValueError: no score"
     ):
         rollout(5, [None])
+
+
+class Numbers:
+    """Prompts of one source, with the scores of their samples."""
+
+    def __init__(self, scores, source="s"):
+        self.scores, self.source = scores, source
+
+    def __len__(self):
+        return len(self.scores)
+
+    def __getitem__(self, index):
+        return RawPrompt("number", self.source, {"a": self.scores[index]})
+
+
+def test_in_a_rollout_batch():
+    """What the collector does with the mixture: numbers of rollouts, statistics, figures."""
+    form = PromptFormat(style="plain")
+    mixture = MixtureOfRewards([JudgeEntry(Lookup("a"), "a", weight=[(0, 1.0), (4, 3.0)])], failed_rollouts=2)
+    sampler = ShuffledPrompts()
+    sampler.start(["s"] * 2, 0)
+    prompts = Numbers([[1.0, None], [4.0, 5.0]])
+
+    def generate(requests, options, enough):
+        texts = [[form.tokenizer.encode(str(i)) for i in range(len(r.seeds))] for r in requests]
+        return [
+            [Sample(r.prompt_ids, ids, torch.zeros(1), "stop", 0, torch.zeros(1, dtype=torch.int64)) for ids in group]
+            for r, group in zip(requests, texts)
+        ]
+
+    options = SamplingOptions(8, stop_ids=form.stop_ids)
+    collector = Collector(prompts, sampler, form, mixture, RolloutPlan(2, 2, 1, 2), Selection(), options)
+    with pytest.warns(UserWarning, match="no score"):
+        collected = collector.collect(2, generate)
+    assert mixture.rollout == 2
+    assert sorted(s.reward for s in collected.samples if s.counts) == [2.0, 8.0, 10.0]  # weight 2
+    figures = {name: total / count for name, (total, count) in collected.sums.items()}
+    assert figures["judge/a"] == 10 / 3
+    assert figures["judge/a/failed_error"] == figures["failed"] == 0.25
+    assert figures["judge/a/failed_timeout"] == figures["judge/a/failed_invalid"] == 0
+    assert figures["reward/s"] == 20 / 3
+    prompts.scores = [[None, None], [None, None]]
+    collector.collect(3, generate)
+    with pytest.raises(RuntimeError, match="failed on every sample of 2 rollout batches"):
+        collector.collect(4, generate)
+
+
+def test_the_data_module_checks_sources_before_anything_is_generated():
+    mixture = MixtureOfRewards([JudgeEntry(Lookup("a"), "a", sources=["s"])])
+    data = RolloutDataModule(Numbers([[1.0]]), mixture, Numbers([[1.0]], "other"), PromptFormat(style="plain"))
+    with pytest.raises(ValueError, match="no judge takes prompts of source 'other'"):
+        data.setup("fit")
 
 
 def test_options_are_checked():

@@ -28,7 +28,12 @@ Generate = Callable[[Sequence[GenerationRequest], SamplingOptions, int | None], 
 
 
 class Rewards(Protocol):
-    """Judges samples, group by group."""
+    """Judges samples, group by group.
+
+    What has statistics may also have, as `MixtureOfRewards`: `check_sources(sources)`, which refuses prompts it cannot
+    judge before anything is generated; `start_rollout(number)` and `finish_rollout(gather)`, called around the
+    judgements of a rollout batch on all ranks together; `state_dict()` and `load_state_dict(state)`.
+    """
 
     def __call__(
         self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]], texts: Sequence[Sequence[str]]
@@ -118,6 +123,8 @@ class Collector:
         everything: list[ScoredSample] = []
         outcomes: list[PromptOutcome] = []
         seconds = {"generate": 0.0, "judge": 0.0}
+        if hasattr(self.rewards, "start_rollout"):
+            self.rewards.start_rollout(number)
         for round_ in range(self.selection.max_rounds):
             if round_ and not self._anyone(len(kept) < per_rank):
                 break
@@ -130,6 +137,8 @@ class Collector:
                 finished = all(s.sample.finish_reason != "abort" for s in group)
                 if finished and len(kept) < per_rank and not (self.selection.drop_equal_groups and _equal(group)):
                     kept.append(group)
+        if hasattr(self.rewards, "finish_rollout"):
+            self.rewards.finish_rollout(self._gathered)
         self.sampler.report(self._all_outcomes(outcomes))
         return Collected(number, self._documents(kept), everything, _sums(everything), seconds)
 
@@ -244,6 +253,9 @@ def _sums(samples: Sequence[ScoredSample]) -> dict[str, tuple[float, float]]:
         add("prompt_length", float(len(scored.sample.prompt_ids)))
         add("truncated", float(scored.sample.finish_reason == "length"))
         add("failed", float(not scored.counts))
+        for name, value in scored.parts.items():
+            if value == value:
+                add(f"judge/{name}", value)
         if not scored.counts:
             continue
         add("reward", scored.reward)
@@ -251,9 +263,6 @@ def _sums(samples: Sequence[ScoredSample]) -> dict[str, tuple[float, float]]:
             add(f"reward/{scored.prompt.source}", scored.reward)
         if scored.correct is not None:
             add("correct", float(scored.correct))
-        for name, value in scored.parts.items():
-            if value == value:
-                add(f"judge/{name}", value)
     return found
 
 

@@ -195,7 +195,10 @@ class RolloutDataModule(pl.LightningDataModule):
                 engine that cannot.
         """
         if not self._sampler_started:
-            self.sampler.start([self.prompts[index].source for index in range(len(self.prompts))], self.seed)
+            sources = _sources(self.prompts)
+            if hasattr(self.rewards, "check_sources"):
+                self.rewards.check_sources({*sources, *_sources(self.validation_prompts)})
+            self.sampler.start(sources, self.seed)
             self._sampler_started = True
         if stage not in ("fit", None) or self.trainer is None:
             return
@@ -248,6 +251,8 @@ class RolloutDataModule(pl.LightningDataModule):
         if self._loader is None:
             return {}
         state = {**self._loader.state_dict(), "sampler": dict(self.sampler.state_dict())}
+        if hasattr(self.rewards, "state_dict"):
+            state["rewards"] = dict(self.rewards.state_dict())
         rollout = self._loader.rollout_state()
         return state if rollout is None else {**state, "rollout": rollout}
 
@@ -261,6 +266,8 @@ class RolloutDataModule(pl.LightningDataModule):
         assert self._loader is not None
         self._loader.load_state_dict(state)
         self.sampler.load_state_dict(state["sampler"])
+        if "rewards" in state and hasattr(self.rewards, "load_state_dict"):
+            self.rewards.load_state_dict(state["rewards"])
         if "rollout" in state:
             self._loader.load_rollout(state["rollout"])
 
@@ -330,6 +337,11 @@ class RolloutDataModule(pl.LightningDataModule):
         samples = self.policy.generate_samples(requests, options, None)
         texts = [[self.form.text(sample.response_ids) for sample in group] for group in samples]
         return ScoredGroups(self.rewards(prompts, samples, texts) if prompts else [])
+
+
+def _sources(prompts: PromptSource | None) -> list[str]:
+    """The source of every prompt."""
+    return [] if prompts is None else [prompts[index].source for index in range(len(prompts))]
 
 
 class ValidationLoader:
