@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.optim import SGD, AdamW
 
 from distributed_harness import run_ranks
+from documented_keys import undocumented
 from lit_interns1.data import PackedBatch
 from lit_interns1.data.preference_data_module import PreferenceDataModule
 from lit_interns1.models import LanguageModel, LanguageModelConfig, MoEConfig
@@ -17,8 +19,10 @@ from lit_interns1.modules import LanguageModelModule, PreferenceModule
 from lit_interns1.modules.language_model_module import load_language_model
 from lit_interns1.nn.moe import BalanceLoss
 from lit_interns1.objectives.preference import DPO, IPO, KTO, ImplicitRewardSFT
+from lit_interns1.reports import RunDirectory
 from sharded_training import environment, whole
 
+ROOT = Path(__file__).parents[2]
 BETA = 0.3
 CONFIG = LanguageModelConfig(
     vocab_size=4096, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, initializer_range=0.2,
@@ -273,6 +277,34 @@ def test_routers_of_the_reference_are_not_heard(path):
     counts_LE = counter.take()
     assert counts_LE.shape == (2, 8)
     assert counts_LE.sum(1).tolist() == [2.0 * batch.num_tokens] * 2
+
+
+def test_the_config_runs_and_what_it_leaves_generates_and_is_exported(tmp_path, monkeypatch):
+    from lit_interns1.checkpoints import load_pretrained_model
+    from lit_interns1.cli import main
+    from lit_interns1.models import generate
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    base, before = LanguageModelModule(CONFIG, seed=9), trainer(1)
+    batch = PackedBatch.from_documents([{"input_ids": torch.arange(20)}])
+    before.fit(base, torch.utils.data.DataLoader([batch], batch_size=None))
+    start, run = tmp_path / "start.ckpt", tmp_path / "run"
+    before.save_checkpoint(start)
+    main([
+        "fit", "--config", str(ROOT / "configs" / "preference" / "molecules.yaml"), f"--run_dir={run}",
+        f"--model.init_weights={start}", "--data.sources=bundled:molecule-preferences/test", "--clock.max_tokens=2000",
+        "--data.global_batch_size=2", "--data.micro_batch_size=2", "--data.validation_rows=2",
+        "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false",
+    ])  # fmt: skip
+    metrics = RunDirectory(run).metrics()
+    assert undocumented(metrics) == []
+    assert {f"{part}preference/{name}" for part in ("", "val/") for name in ("accuracy", "sft_loss")} <= set(metrics)
+    trained = load_language_model(run / "checkpoints" / "last.ckpt")
+    assert not torch.equal(trained.lm_head.weight, base.model.lm_head.weight)
+    assert len(generate(trained, [[6]], max_new_tokens=3).token_ids[0]) <= 3
+    main(["export", "--ckpt", str(run / "checkpoints" / "last.ckpt"), "--out", str(tmp_path / "folder")])
+    exported = load_pretrained_model(tmp_path / "folder")
+    torch.testing.assert_close(exported.lm_head.weight, trained.lm_head.weight, rtol=0, atol=0)
 
 
 # -- ranks
