@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from lit_interns1.data.conversation_rows import ConversationFormat
 from lit_interns1.data.polar_lines import PolarPair, PolarSource
@@ -66,9 +66,10 @@ class PolarDataModule(PreferenceDataModule):
         end_of_text: str | None = None,
     ) -> None:
         super().__init__(
-            sources, validation_sources, tokenizer, row_length=row_length, global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size, validation_rows=validation_rows, overlong=overlong, seed=seed,
-            num_workers=num_workers, pin_memory=pin_memory, block_rows=block_rows, end_of_text=end_of_text,
+            cast(Any, sources), cast(Any, validation_sources), tokenizer, row_length=row_length,
+            global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, validation_rows=validation_rows,
+            overlong=overlong, seed=seed, num_workers=num_workers, pin_memory=pin_memory, block_rows=block_rows,
+            end_of_text=end_of_text,
         )  # fmt: skip
         if triples_per_policy < 1:
             raise ValueError(f"triples_per_policy must be at least 1, got {triples_per_policy}")
