@@ -82,6 +82,7 @@ def test_draws_follow_the_distribution():
         ({"prompts": [[1], []]}, "every prompt needs at least one token"),
         ({"prompts": [[1]], "temperature": -1}, "temperature must not be negative"),
         ({"prompts": [[1]], "top_p": 0}, r"top_p must lie in \(0, 1\], got 0"),
+        ({"prompts": [[1]], "top_k": -1}, r"top_k must not be negative \(0 = all tokens\), got -1"),
         ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({}, "give either prompts or prompt_embeds"),
     ],
@@ -89,6 +90,20 @@ def test_draws_follow_the_distribution():
 def test_wrong_options(model, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, **options)
+
+
+def test_prompts_that_occur_again_keep_their_places(model):
+    mixed = generate(model, [[1, 2], [4], [1, 2]], max_new_tokens=8, seed=1).token_ids
+    for prompt, places in (([1, 2], (0, 2)), ([4], (1,))):
+        alone = generate(model, [prompt] * 3, max_new_tokens=8, seed=1).token_ids
+        assert [mixed[i] for i in places] == [alone[i] for i in places]
+
+
+def test_top_k_draws_among_the_best(model):
+    assert (
+        generate(model, PROMPTS, max_new_tokens=8, temperature=3.0, top_k=1).token_ids
+        == generate(model, PROMPTS, max_new_tokens=8, temperature=0.0).token_ids
+    )
 
 
 def test_samples_of_one_prompt_differ(model):

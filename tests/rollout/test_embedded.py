@@ -9,7 +9,7 @@ import torch
 
 from distributed_harness import run_ranks
 from lit_interns1.data.packed_batch import PackedBatch
-from lit_interns1.models import LanguageModel, LanguageModelConfig, MoEConfig, PositionConfig, preset
+from lit_interns1.models import LanguageModel, LanguageModelConfig, MoEConfig, PositionConfig, decode_loop, preset
 from lit_interns1.rollout import EmbeddedEngine, EngineError, GenerationRequest, RolloutEngine, SamplingOptions
 from lit_interns1.rollout.samples import whole_groups
 from sharded_training import environment
@@ -118,7 +118,7 @@ def test_the_trainer_finds_the_same_log_probs_and_experts(model, temperature, no
         assert torch.equal(live.routing.stacked(), routing)
 
 
-def test_samples_do_not_depend_on_what_is_generated_beside_them(model):
+def test_samples_do_not_depend_on_what_is_generated_beside_them(model, monkeypatch):
     for noise, alternatives in (
         (0.0, [{"max_batch_size": 1}, {"max_batch_size": 3}, {"group_prefill": False}, {"max_cache_tokens": 70}]),
         (0.5, [{"max_batch_size": 3, "group_prefill": False}]),
@@ -126,6 +126,8 @@ def test_samples_do_not_depend_on_what_is_generated_beside_them(model):
         expected = engine(model, router_noise=noise).generate(REQUESTS, SAMPLED)
         assert len({len(sample.response_ids) for sample in flat(expected)}) > 2
         for options in alternatives:
+            if "max_cache_tokens" in options:  # prompts come one by one
+                monkeypatch.setattr(decode_loop, "PREFILL_TOKENS", 4)
             order = [2, 3, 1, 0] if "max_batch_size" in options else [0, 1, 2, 3]
             found = engine(model, router_noise=noise, **options).generate([REQUESTS[i] for i in order], SAMPLED)
             for samples, wanted in zip(found, [expected[i] for i in order], strict=True):
@@ -135,6 +137,17 @@ def test_samples_do_not_depend_on_what_is_generated_beside_them(model):
                     assert sample.seed == other.seed
                     assert torch.equal(sample.routed_experts, other.routed_experts)
                     torch.testing.assert_close(sample.logprobs, other.logprobs, atol=1e-5, rtol=0)
+
+
+def test_a_sample_that_waits_takes_the_slot_of_another_prompt(model):
+    options = SamplingOptions(max_new_tokens=3)  # all that began together end together
+    order = [1, 0, 2]
+    expected = engine(model).generate([REQUESTS[i] for i in order], options)
+    found = engine(model, max_batch_size=3).generate([REQUESTS[i] for i in order], options)
+    assert tokens(found) == tokens(expected)
+    for sample, other in zip(flat(found), flat(expected), strict=True):
+        torch.testing.assert_close(sample.logprobs, other.logprobs, atol=1e-5, rtol=0)
+        assert torch.equal(sample.routed_experts, other.routed_experts)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_interns1.models.sampling import check_sampling
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -42,14 +44,7 @@ class SamplingOptions:
     stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must not be negative (0 = greedy), got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must not be negative (0 = all tokens), got {self.top_k}")
+        check_sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k)
 
 
 @dataclass(frozen=True)
