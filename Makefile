@@ -46,9 +46,11 @@ train: $(VENV)/ready ## train the tiny model (configs/pretrain/tiny.yaml), then 
 test: $(VENV)/ready ## run the tests (without those marked slow)
 	$(BIN)/python -m pytest
 
-# Without a network the tests that need this model are skipped, and say so.
+# Without a network the tests that need this model are skipped, and say so; so are those of reasoning-gym, one of whose
+# packages is compiled from C.
 test-slow: $(VENV)/ready ## run the tests marked slow
 	-$(MAKE) --no-print-directory smollm2
+	-$(PIP) install --quiet --retries 1 --constraint constraints.txt --editable '.[parity,dev,rl]'
 	$(BIN)/python -m pytest -m slow
 
 SMOLLM2 := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

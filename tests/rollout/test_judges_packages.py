@@ -120,7 +120,7 @@ def test_gym_prompts_are_the_items_of_the_data_set(gym):
     assert len(prompts) == 5
     assert [prompts[i].content for i in range(5)] == [items[i]["question"] for i in range(5)]
     raw = prompts[4]
-    assert (raw.source, raw.data["entry"]) == ("reasoning-gym/chain_sum", items[4])
+    assert (raw.source, raw.data["entry"]) == ("reasoning_gym_chain_sum", items[4])
     assert raw.data["answer"] == items[4]["answer"]
     for options, message in (({"name": "nothing"}, "not registered"), ({"name": "gcd", "config": {"x": 1}}, "'x'")):
         with pytest.raises(ValueError, match=message):

@@ -186,18 +186,18 @@ def test_group_normalisation_is_that_of_statistics_and_exact_at_equal_scores():
 
 def test_sources_choose_judges_and_weights():
     judges = [
-        JudgeEntry(Lookup("a"), "a", sources=["math", "gym/*"], source_weights={"gym/sum": 3.0}),
-        JudgeEntry(Lookup("b"), "b", sources=["gym/*", "chat"], weight=0.5),
+        JudgeEntry(Lookup("a"), "a", sources=["math", "gym_*"], source_weights={"gym_sum": 3.0}),
+        JudgeEntry(Lookup("b"), "b", sources=["gym_*", "chat"], weight=0.5),
     ]
     mixture, data = MixtureOfRewards(judges), {"a": [1.0], "b": [10.0]}
     found = {
-        source: score_groups(mixture, [["0"]], source, data)[0][0] for source in ("math", "gym/sum", "gym/x", "chat")
+        source: score_groups(mixture, [["0"]], source, data)[0][0] for source in ("math", "gym_sum", "gym_x", "chat")
     }
     assert {source: scored.reward for source, scored in found.items()} == {
-        "math": 1.0, "gym/sum": 3.0 + 5.0, "gym/x": 1.0 + 5.0, "chat": 5.0,
+        "math": 1.0, "gym_sum": 3.0 + 5.0, "gym_x": 1.0 + 5.0, "chat": 5.0,
     }  # fmt: skip
     assert "b" not in found["math"].parts
-    with pytest.raises(ValueError, match=r"no judge takes prompts of source 'code'.* a: math, gym/\*; b: gym/\*, chat"):
+    with pytest.raises(ValueError, match=r"no judge takes prompts of source 'code'.* a: math, gym_\*; b: gym_\*, chat"):
         score_groups(mixture, [["0"]], "code", data)
     with pytest.raises(ValueError, match="'code'"):
         mixture.check_sources(["math", "code"])
@@ -383,7 +383,7 @@ def test_from_yaml():
     config = parser.parse_string("""
 rewards:
   judges:
-    - judge: {class_path: lit_interns1.rollout.judges.AnswerJudge, init_args: {extraction: tag}}
+    - judge: {class_path: AnswerJudge, init_args: {extraction: tag}}
       name: answer
       weight: [[0, 1.0], [50, 0.5]]
       sources: [chain_sum]

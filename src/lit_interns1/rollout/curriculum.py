@@ -25,13 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_interns1.data.order import IntArray, mix, permutation
-from lit_interns1.rollout.prompts import PromptError, PromptOutcome
+from lit_interns1.rollout.prompts import PromptError, PromptOutcome, PromptSampler
 
 OREAL_BUCKETS: tuple[tuple[float, float, int], ...] = ((0.0, 0.2, 6), (0.2, 0.4, 4), (0.4, 0.6, 4), (0.6, 0.8, 2))
 """(low, high, times) of OREAL's released configuration; all of p ≥ 0.8 are left out."""
 
 
-class CurriculumPrompts:
+class CurriculumPrompts(PromptSampler):
     """Draws prompts by their pass rates.
 
     Args:

@@ -76,7 +76,7 @@ class ReasoningGymPrompts(PromptSource):
         size: How many prompts.
         seed: Of the data set.
         config: Its options, such as `{"min_terms": 2}`.
-        source: Source of the prompts; default: "reasoning-gym/" and the name.
+        source: Source of the prompts; default: "reasoning_gym_" and the name.
 
     Raises:
         ImportError: If reasoning-gym is not installed.
@@ -94,7 +94,7 @@ class ReasoningGymPrompts(PromptSource):
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         self.name, self.seed, self.config = name, seed, dict(config or {})
-        self.source = f"reasoning-gym/{name}" if source is None else source
+        self.source = f"reasoning_gym_{name}" if source is None else source
         self.dataset = gym_dataset(name, {**self.config, "size": size, "seed": seed})
 
     def __len__(self) -> int:

@@ -13,14 +13,14 @@ import torch
 
 from lit_interns1.objectives.policy import soft_overlong_penalty
 from lit_interns1.rollout.judges.answers import compiled
-from lit_interns1.rollout.judges.base import Judgement
+from lit_interns1.rollout.judges.base import Judge, Judgement
 from lit_interns1.rollout.samples import Prompt, Sample
 
 Form = Literal["think", "think_answer", "pattern"]
 _TAG = re.compile(r"</?(?:think|answer)>")
 
 
-class FormatJudge:
+class FormatJudge(Judge):
     """1 if a response has the wanted form, else 0. It says nothing of right and wrong.
 
     Args:
@@ -59,7 +59,7 @@ class FormatJudge:
         return in_order and [bool(part) for part in parts] == [False, True, False, True, False]
 
 
-class LengthJudge:
+class LengthJudge(Judge):
     """A penalty for responses that come near to the limit of tokens: `soft_overlong_penalty`.
 
     Args:

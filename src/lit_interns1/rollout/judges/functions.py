@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from lit_interns1.rollout.judges.answers import reference
-from lit_interns1.rollout.judges.base import Judgement
+from lit_interns1.rollout.judges.base import Judge, Judgement
 from lit_interns1.rollout.samples import Prompt, Sample
 
 
@@ -34,7 +34,7 @@ def imported(path: str) -> Any:
         raise ValueError(f"{path!r}: {module!r} has no {name!r}") from None
 
 
-class FunctionJudge:
+class FunctionJudge(Judge):
     """A function as a judge. True and False also say whether a response is correct.
 
     A function with the parameters `prompts` and `completions` is called as TRL calls it: once per group, with lists of
@@ -111,7 +111,7 @@ def _as_judgement(value: Any) -> Any:
     return value
 
 
-class InternBootcampJudge:
+class InternBootcampJudge(Judge):
     """Answers to the cases of a bootcamp of InternLM/InternBootcamp, or of anything with the same `verify_score`.
 
     Two defaults of `verify_score` give 0 to right answers and are off here: `short_penalty` (texts below 100

@@ -18,12 +18,12 @@ from __future__ import annotations
 import logging
 
 from lit_interns1.rollout.judges.answers import after_thinking, boxed, reference
-from lit_interns1.rollout.judges.base import Judgement
+from lit_interns1.rollout.judges.base import Judge, Judgement
 from lit_interns1.rollout.judges.optional import need
 from lit_interns1.rollout.samples import Prompt, Sample
 
 
-class MathVerifyJudge:
+class MathVerifyJudge(Judge):
     """1 if the answer equals the reference as mathematics, else 0; an answer that cannot be read is wrong.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, get_args
 from lit_interns1.data.polar_template import PolarEncoder, PolarTemplate, contents, without_thinking
 from lit_interns1.data.tokenizer import TextTokenizer, load_tokenizer
 from lit_interns1.rollout.judges.answers import reference
-from lit_interns1.rollout.judges.base import Judgement
+from lit_interns1.rollout.judges.base import Judge, Judgement
 from lit_interns1.rollout.remote.http import Call, PassingError, Patience, Server
 from lit_interns1.rollout.samples import Prompt, Sample
 
@@ -91,7 +91,7 @@ class PolarServer:
         return scores
 
 
-class PolarJudge:
+class PolarJudge(Judge):
     """The score of a POLAR reward model.
 
     Args:

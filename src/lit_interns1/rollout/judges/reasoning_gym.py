@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any, get_args
 
 from lit_interns1.rollout.judges.answers import Extraction, after_thinking, extract, reference
-from lit_interns1.rollout.judges.base import Judgement
+from lit_interns1.rollout.judges.base import Judge, Judgement
 from lit_interns1.rollout.judges.optional import need
 from lit_interns1.rollout.samples import Prompt, Sample
 
@@ -46,7 +46,7 @@ def _scorer(name: str, options: str) -> Any:
     return gym_dataset(name, {**json.loads(options), "size": 1}).score_answer
 
 
-class ReasoningGymJudge:
+class ReasoningGymJudge(Judge):
     """Scores answers to the prompts of `ReasoningGymPrompts`.
 
     Args:

@@ -1,7 +1,7 @@
 """Judges in worker processes, which can be stopped.
 
     this process  →  template: a fresh Python (no CUDA, threads or locks of ours) that loads the judges, once
-                        ↓ fork, in milliseconds
+                        ↓ fork, in about 0.1 s
                      workers: take (judge, prompts, texts, …), give verdicts
                      no verdicts before the deadline: SIGKILL and a new worker; the samples have the cause "timeout"
 
