@@ -50,6 +50,8 @@ class FakeServer:
         self.fixture = fixture(backend)
         self.calls, self.given, self.faults = [], [], queue.Queue()
         self.paused, self.loaded, self.hold, self.release = False, None, set(), threading.Event()
+        self.overslept = 0
+        """Requests that were held until nobody released them."""
         self.broken, self._drawn, self._lock = {}, 0, threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self.server.daemon_threads, self.server.block_on_close = True, False
@@ -153,7 +155,7 @@ class FakeServer:
         if self.paused:
             return 503, {"error": "paused"}
         if prompt in self.hold:
-            self.release.wait(30)
+            self.overslept += not self.release.wait(8)
         fault = None if self.faults.empty() else self.faults.get()
         if fault == "drop":
             return None, None

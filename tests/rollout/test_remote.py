@@ -318,6 +318,7 @@ def test_errors_of_a_malformed_answer_do_not_leave_requests_behind(policy):
         server.faults.put("form")
         with pytest.raises(EngineError, match="form"):
             remote.generate([REQUESTS[1], REQUESTS[0]], OPTIONS)
+        assert not server.overslept
         server.release.set()
 
 
@@ -331,6 +332,7 @@ def test_enough_finished_requests_end_the_others(backend, policy):
         server.hold |= {(21,)}  # never answered before the call returns
         first, second, third = remote.generate(REQUESTS, OPTIONS, enough=2)
         assert [sample.finish_reason for sample in second] == ["abort", "abort"]
+        assert not server.overslept  # the call has not waited for them
         assert all(s.response_ids == [] and s.seed in REQUESTS[1].seeds for s in second)
         assert all(sample.finish_reason == "stop" for sample in [*first, *third])
         if backend == "sglang":

@@ -143,8 +143,15 @@ def test_several_updates_and_rounds_keep_their_prompts():
 
 
 def test_validation_waits_for_the_generation_under_way():
-    engine = ThreadedEngine()
-    fit(engine, 3, data={"validation_prompts": Words(3)}, val_check_interval=1, limit_val_batches=1)
+    validated = threading.Event()
+    engine = ThreadedEngine(lambda call: threading.current_thread().name != "rollout-ahead" or validated.is_set())
+
+    class Late(L.Callback):
+        def on_validation_start(self, trainer, module):
+            threading.Timer(0.3, lambda: (validated.set(), engine.moved())).start()
+
+    data = {"validation_prompts": Words(3)}
+    fit(engine, 3, data=data, val_check_interval=1, limit_val_batches=1, callbacks=[Late()])
     assert_no_sync_inside(engine.events)
     assert engine.calls == 3 + 3
 
