@@ -40,7 +40,7 @@ OPTIONS = [
 ]  # fmt: skip
 ROLLOUT_KEYS = (
     r"(policy|rollout|mismatch|rollout_is)/|val/(reward|correct)(_standard_error)?$|val/response_length$"
-    r"|throughput/(generate_seconds|judge_seconds|prepare_seconds|rollout_tokens_per_second)$"
+    r"|throughput/(generate_seconds|wait_seconds|judge_seconds|prepare_seconds|rollout_tokens_per_second)$"
 )
 NOT_OF_THIS_RUN = {
     "val/accuracy": "a whole model",
