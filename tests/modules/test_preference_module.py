@@ -263,10 +263,13 @@ def test_other_objectives_train_too(path, tmp_path):
 
 def test_routers_of_the_reference_are_not_heard(path):
     from lit_interns1.callbacks.router_counter import RouterCounter
+    from lit_interns1.callbacks.router_listener import RouterListener
 
     ours = module()
     ours.configure_model()
-    counter = RouterCounter()
+    heard = []
+    listener, counter = RouterListener(ours, heard.extend), RouterCounter()
+    assert [place.name for place in listener.routers] == ["model.moe_layers[0]", "model.moe_layers[1]"]
     counter.listen(ours)
     ours.train()
     data = pairs(path)
@@ -274,6 +277,7 @@ def test_routers_of_the_reference_are_not_heard(path):
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     ours.training_step(batch, 0)
+    assert [event.layer for event in heard] == [0, 1]
     counts_LE = counter.take()
     assert counts_LE.shape == (2, 8)
     assert counts_LE.sum(1).tolist() == [2.0 * batch.num_tokens] * 2

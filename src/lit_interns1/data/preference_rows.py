@@ -324,7 +324,7 @@ class PreferenceReader:
             token_N = token_index((store.end_S - store.length_S)[answer_S], length_S)
             last_N = np.zeros(len(token_N), dtype=bool)
             last_N[np.cumsum(length_S) - 1] = True
-            next_N = np.where(last_N, 0, np.minimum(token_N + 1, len(store.tokens_N) - 1))
+            next_N = np.minimum(token_N + 1, len(store.tokens_N) - 1)
             response_N = store.learned_N[next_N] & ~last_N
             pair_G = np.where(store.pair_G[group_G], pairs + np.cumsum(store.pair_G[group_G]) - 1, -1)
             pairs += int(store.pair_G[group_G].sum())
