@@ -227,6 +227,31 @@ def test_a_run_with_servers_that_fail_is_the_run_without_them(overlap, backend, 
     assert versions == ([0, 0, 1] if overlap else [0, 1, 2])
 
 
+def test_a_run_whose_servers_die_goes_on_from_its_checkpoint(tmp_path):
+    path = str(tmp_path / "two.ckpt")
+    expected, _ = fit(SeededEngine(), 4, overlap=False)
+
+    def remote(server):
+        options = {"backoff": 0.01, "retries": 1, "request_timeout": 20.0}
+        return RemoteEngine("sglang", server.url, weights_folder=str(tmp_path / "weights"), **options)
+
+    with FakeServer("sglang") as server:
+
+        class Kill(Watch):
+            def on_train_batch_end(self, trainer, module, *rest):
+                super().on_train_batch_end(trainer, module, *rest)
+                if trainer.global_step == 2:
+                    server.stop()
+
+        with pytest.raises(EngineError, match=r"/pause_generation|attempts failed"):
+            fit(remote(server), 4, watch=Kill(2, path))
+    with FakeServer("sglang", port=server.port) as server:  # with weights of its own
+        policy, _ = fit(remote(server), 4, ckpt_path=path)
+        assert server.version == "2"  # of the checkpoint; the last rollout is one step old
+    left, right = parameters(policy), parameters(expected)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
 def test_the_end_of_a_run_ends_a_generation_that_nobody_takes():
     asked = Asked([GenerationRequest((21,), (1, 2))], SamplingOptions(max_new_tokens=9), None)
     with FakeServer("sglang") as server:
