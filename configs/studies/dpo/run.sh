@@ -24,4 +24,4 @@ source="{path: $out/molecules.txt, name: molecules, lines: true, prefix: <SMILES
 train pretrain --config "$here/../../pretrain/tiny.yaml" --config "$here/pretrain.yaml" --data.sources "[$source]"
 train dpo --config "$here/../../preference/molecules.yaml" \
     --model.init_weights "$out/pretrain/checkpoints/last.ckpt"
-$python "$here/evaluate.py" "$out"
+$python "$here/evaluate.py" "$out" 500
