@@ -258,3 +258,31 @@ def test_validation_reports_rewards_with_their_standard_error():
     assert found["val/reward"] == pytest.approx(float(means.mean()))
     assert found["val/correct"] == pytest.approx(float(means.mean()))
     assert found["val/reward_standard_error"] == pytest.approx(float(means.std() / 6**0.5))
+
+
+def test_formats_of_numbers_are_one_switch_for_trainer_and_engine():
+    """FP8 experts on both sides, and on one side only: the mismatch tells."""
+    from lit_interns1.nn.precision import PrecisionRecipe
+    from lit_interns1.rollout import EmbeddedEngine
+
+    found = {}
+    for name, trained, rolled in (
+        ("native", None, None), ("both", PrecisionRecipe(experts="fp8"), None),
+        ("trainer", PrecisionRecipe(experts="fp8"), PrecisionRecipe(experts="native")),
+        ("engine", None, PrecisionRecipe(experts="fp8")),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        engine = EmbeddedEngine(precision=rolled)
+        module, data = parts(
+            policy={"precision": trained, "optimizer": lambda p: torch.optim.SGD(p, lr=0.0)}, engine=engine
+        )
+        module.config = type(module.config)(**{**vars(module.config), "initializer_range": 0.2})
+        trainer(1).fit(module, data)
+        found[name] = module.rollout_metrics["mismatch/k3"]
+        assert {layer.experts.precision for layer in module.model.moe_layers} == {"fp8" if trained else "native"}
+    assert found["native"] < 1e-9
+    assert found["both"] < found["trainer"] / 10
+    assert found["trainer"] > 1e-7
+    assert found["engine"] > 1e-7
+    with pytest.raises(ValueError, match="precision = 'fp4' must be"):
+        parts(policy={"precision": "fp4"})

@@ -180,8 +180,7 @@ def test_plans_of_other_layouts_leave_nothing_behind():
 
 
 def test_flops_are_those_of_the_formula():
-    from lit_interns1.models import LanguageModel
-    from lit_interns1.models import flops_per_token
+    from lit_interns1.models import LanguageModel, flops_per_token
 
     for moe in ({}, {"router": "topk", "num_groups": 1, "router_gradient": "topk"}):
         cost = plan(2, {}, {"moe": moe}, 1).cost

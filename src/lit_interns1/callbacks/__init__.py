@@ -7,6 +7,7 @@ from lit_interns1.callbacks.expert_bias import ExpertBiasUpdate
 from lit_interns1.callbacks.export_weights import ExportWeights
 from lit_interns1.callbacks.gradient_noise_scale import GradientNoiseScale
 from lit_interns1.callbacks.learning_rate_search import LearningRateSearch
+from lit_interns1.callbacks.rollout_table import RolloutTable
 from lit_interns1.callbacks.router_alerts import RouterAlerts
 from lit_interns1.callbacks.router_load_monitor import RouterLoadMonitor
 from lit_interns1.callbacks.run_checkpoint import RunCheckpoint
@@ -25,6 +26,7 @@ __all__ = [
     "ExportWeights",
     "GradientNoiseScale",
     "LearningRateSearch",
+    "RolloutTable",
     "RouterAlerts",
     "RouterLoadMonitor",
     "RunCheckpoint",

@@ -33,6 +33,7 @@ import lit_interns1.data.preference_data_module
 import lit_interns1.data.text_data_module
 import lit_interns1.modules
 import lit_interns1.optim
+import lit_interns1.rollout.rollout_data_module
 import lit_interns1.strategies
 from lit_interns1.callbacks import ConsoleProgress, RouterLoadMonitor, RunCheckpoint, ThroughputMonitor, TokenClock
 from lit_interns1.data.tokenizer import TextTokenizer

@@ -25,6 +25,7 @@ from lit_interns1.models.reward_model import RewardModel
 from lit_interns1.modules.frozen_reference import FrozenReference, packed_inputs
 from lit_interns1.modules.language_model_module import LanguageModelModule
 from lit_interns1.nn.moe import BalanceLoss
+from lit_interns1.nn.precision import INTERN_S1_PRO, AppliedPrecision, PrecisionRecipe, apply_precision
 from lit_interns1.objectives.metrics import Metrics
 from lit_interns1.objectives.policy import (
     GRPO,
@@ -75,6 +76,9 @@ class PolicyModule(LanguageModelModule):
         side_learning_rate: Rate of critic and token reward model; default: that of the policy.
         policy_freeze_steps: Optimizer steps in which only critic and token reward model learn (10 in OREAL).
         freeze_router: Routers do not learn.
+        precision: Formats in which the policy computes, in training and, since the embedded engine runs the same
+            network, in the rollout: `PrecisionRecipe`, or "intern_s1_pro" for experts in FP8, the rest in bfloat16
+            and the head in float32. None: as its config says.
         log_entropy: Log the policy's entropy; costs a little time.
         balance: Balance and z losses of the routers; default: none.
         seed: As for `LanguageModelModule`.
@@ -111,6 +115,7 @@ class PolicyModule(LanguageModelModule):
         side_learning_rate: float | None = None,
         policy_freeze_steps: int = 0,
         freeze_router: bool = False,
+        precision: PrecisionRecipe | Literal["intern_s1_pro"] | None = None,
         log_entropy: bool = True,
         balance: BalanceLoss | None = None,
         seed: int = 0,
@@ -133,6 +138,10 @@ class PolicyModule(LanguageModelModule):
             )
         if policy_freeze_steps < 0:
             raise ValueError(f"policy_freeze_steps must not be negative, got {policy_freeze_steps}")
+        if isinstance(precision, str) and precision != "intern_s1_pro":
+            raise ValueError(f"precision = {precision!r} must be a PrecisionRecipe, 'intern_s1_pro' or None")
+        self.precision = INTERN_S1_PRO if isinstance(precision, str) else precision
+        self._applied_precision: AppliedPrecision | None = None
         if freeze_router and self.config.moe is not None:
             self.config = changed(self.config, {"moe": {"freeze_router": True}})
         self.policy_objective = objective or GRPO()
@@ -186,6 +195,17 @@ class PolicyModule(LanguageModelModule):
             for group in optimizer.param_groups[own:]:
                 group["lr"] = self.side_learning_rate
         return optimizer
+
+    def on_fit_start(self) -> None:
+        """Switches the number formats."""
+        super().on_fit_start()
+        self._apply_precision()
+
+    on_validation_start = on_test_start = on_fit_start
+
+    def _apply_precision(self) -> None:
+        if self.precision is not None and self._applied_precision is None:
+            self._applied_precision = apply_precision(self.model, self.precision)
 
     # -- what the data module asks -------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lit_interns1.models import LanguageModel, MultimodalModel
 from lit_interns1.models.decode_loop import Continuation, DecodeLoop, WaitingPrompt, evaluating
+from lit_interns1.nn.precision import PrecisionRecipe, computing_in
 from lit_interns1.rollout.divided_policy import DividedPolicy
 from lit_interns1.rollout.engine import EngineCapabilities, EngineError, RolloutEngine
 from lit_interns1.rollout.router_noise import RouterNoise
@@ -55,6 +56,8 @@ class EmbeddedEngine(RolloutEngine):
         keep_unsharded: Gather divided parameters once per call, not once per token: the whole network must fit beside
             the cache.
         record_routing: Give the experts of every token. "auto": if the module that trains needs them.
+        precision: Formats in which it computes, where they are not those of the trainer: a difference makes a mismatch
+            of the two, for studies. None: as the network computes anyway.
         group_prefill: Compute the prompt of a request once for all of its samples.
         progress: Called after every token with how far it is.
 
@@ -65,7 +68,8 @@ class EmbeddedEngine(RolloutEngine):
     def __init__(
         self, max_batch_size: int = 32, max_cache_tokens: int | None = None, router_noise: float = 0.0,
         noise_seed: int = 0, keep_unsharded: bool = False, record_routing: bool | Literal["auto"] = "auto",
-        group_prefill: bool = True, progress: Callable[[GenerationProgress], None] | None = None,
+        precision: PrecisionRecipe | None = None, group_prefill: bool = True,
+        progress: Callable[[GenerationProgress], None] | None = None,
     ) -> None:  # fmt: skip
         for name, value in (("max_batch_size", max_batch_size), ("max_cache_tokens", max_cache_tokens)):
             if value is not None and value < 1:
@@ -77,6 +81,7 @@ class EmbeddedEngine(RolloutEngine):
         self.max_batch_size, self.max_cache_tokens = max_batch_size, max_cache_tokens
         self.router_noise, self.noise_seed, self.keep_unsharded = router_noise, noise_seed, keep_unsharded
         self.record_routing, self.group_prefill, self.progress = record_routing, group_prefill, progress
+        self.precision = precision
         self.capabilities = EngineCapabilities("sampling", routed_experts=record_routing is not False)
         self.weight_version = 0
         self._policy: nn.Module | None = None
@@ -139,6 +144,7 @@ class EmbeddedEngine(RolloutEngine):
         with ExitStack() as stack:
             stack.enter_context(evaluating(policy))
             stack.enter_context(divided.gathered(self.keep_unsharded))
+            stack.enter_context(computing_in(self._language_model, self.precision))
             noise = None
             if self.router_noise > 0:
                 routers = [layer.router for layer in self._language_model.moe_layers]

@@ -44,7 +44,7 @@ class PromptSource(Protocol):
         """One of them."""
 
 
-class JsonLinesPrompts:
+class JsonLinesPrompts(PromptSource):
     """Prompts from a JSONL file: one object per line with `prompt` (text or messages), `source` (optional) and whatever
     judges need, such as `answer`.
 
@@ -136,7 +136,7 @@ class PromptSampler(Protocol):
         """Continues."""
 
 
-class ShuffledPrompts:
+class ShuffledPrompts(PromptSampler):
     """Every prompt once per epoch, in an order that depends on seed and epoch."""
 
     def __init__(self) -> None:
