@@ -353,7 +353,10 @@ def divided_samples(rank, world):
         # ranks that have enough wait for the others
         found = made.generate([REQUESTS[i] for i in SPLITS[0][rank]], SAMPLED, enough=1 if rank == 0 else None)
         assert whole_groups(found) >= 1 + rank
-        # the network trains on: units give their parameters back after forward again
+        # the network trains on, and its units give their parameters back after forward again
+        with torch.no_grad():
+            model(torch.arange(20))
+        assert isinstance(model.layers[0].self_attn.q_proj.weight, DTensor)
         model.train()
         loss = model(torch.arange(20), targets=torch.arange(1, 21)).scores.logp_T.sum()
         loss.backward()
