@@ -96,11 +96,15 @@ def test_failures_mask_their_sample_alone_and_are_counted(pooled):
 
 
 def test_quick_judges_fail_in_the_same_way():
-    mixture = MixtureOfRewards([JudgeEntry(StrangeJudge(quick=True), "strange")], workers=2)
+    judge = StrangeJudge(quick=True)
+    mixture = MixtureOfRewards([JudgeEntry(judge, "strange")], workers=2)
     (group,) = quiet(mixture, [["1234567", "raise", *ODD]])
     assert [scored.counts for scored in group] == [True] + [False] * (1 + len(ODD))
     assert mixture.failures["strange"] == Counter(error=1, invalid=len(ODD))
     assert not mixture._pool
+    judge.score_range = None  # where any number may be a score, these are still none
+    (group,) = quiet(mixture, [["not a number", "infinite", "text", "too large"]])
+    assert [scored.counts for scored in group] == [False, False, False, True]
 
 
 def test_judges_of_groups_get_one_group_and_lose_one_group(pooled):
@@ -267,11 +271,16 @@ def test_running_normalisation_uses_earlier_rollouts_of_all_ranks_and_continues(
         (((scored,)),) = score_groups(mixture, [["0"]], "s", {"a": [7.0]})
         assert scored.reward == pytest.approx(expected, rel=1e-12)
     assert ranks[0].state_dict() == ranks[1].state_dict()
-    # validation, outside of a rollout batch, leaves no trace
-    before = ranks[0].state_dict()
-    ranks[0].finish_rollout(lambda mine: [({}, {}, mine[2])])
-    score_groups(ranks[0], [["0"]], "s", {"a": [1e6]})
-    assert ranks[0].state_dict() == before
+    # validation, between rollout batches, leaves no trace
+    alone, other = new(), new()
+    for mixture, validation in ((alone, []), (other, [1e6])):
+        for number, scores in enumerate((first, validation, second)):
+            if scores is not validation:
+                mixture.start_rollout(number)
+            score_groups(mixture, [[str(i) for i in range(len(scores))]], "s", {"a": scores})
+            if scores is not validation:
+                mixture.finish_rollout(lambda mine: [mine])
+    assert alone.state_dict() == other.state_dict()
 
 
 def test_moments_of_parts_are_those_of_the_whole():

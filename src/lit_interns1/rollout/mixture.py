@@ -151,7 +151,6 @@ class MixtureOfRewards(Rewards):
         self._pool = JudgePool([judges[number].judge for number in slow], workers) if slow and workers else None
         self._place_in_pool = {number: place for place, number in enumerate(slow)} if self._pool else {}
         self._moments: dict[tuple[str, str], RunningMoments] = {}
-        self._in_rollout = False
         self._new_moments: dict[tuple[str, str], RunningMoments] = {}
         self._tallies: dict[str, list[int]] = {}  # by judge: samples of this rollout batch, and those it failed on
         self._lost_rollouts: Counter[str] = Counter()
@@ -171,9 +170,9 @@ class MixtureOfRewards(Rewards):
     # -- rollout batches ----------------------------------------------------------------------------------------------
 
     def start_rollout(self, number: int) -> None:
-        """What is judged until `finish_rollout` belongs to this rollout batch, and to the statistics."""
-        self.rollout, self._in_rollout = number, True
-        self._new_moments, self._tallies = {}, {}
+        """What is judged until `finish_rollout` belongs to this rollout batch, and to the statistics; what was judged
+        before, since the last one, does not."""
+        self.rollout, self._new_moments, self._tallies = number, {}, {}
 
     def finish_rollout(self, gather: Callable[[Any], list[Any]]) -> None:
         """Merges the statistics of all ranks.
@@ -184,7 +183,6 @@ class MixtureOfRewards(Rewards):
         Raises:
             RuntimeError: If a required judge has failed on everything for too long; on all ranks.
         """
-        self._in_rollout = False
         parts = gather((self._new_moments, self._tallies, self.messages))
         for moments, _, _ in parts:
             for key, value in moments.items():
@@ -309,8 +307,7 @@ class MixtureOfRewards(Rewards):
         used = here
         if entry.normalize == "running":
             key = (entry.name, source)
-            if self._in_rollout:
-                self._new_moments[key] = self._new_moments.get(key, RunningMoments()).merged(here)
+            self._new_moments[key] = self._new_moments.get(key, RunningMoments()).merged(here)
             earlier = self._moments.get(key, RunningMoments())
             used = earlier if earlier.std > 0 else here  # nothing is known yet: as "group"
         return {i: (score - used.mean) / used.std if used.std > 0 else 0.0 for i, score in raw.items()}
@@ -318,9 +315,8 @@ class MixtureOfRewards(Rewards):
     def _tally(self, entry: JudgeEntry, prompt: Prompt, by_sample: Mapping[int, Verdict]) -> None:
         """Counts failures, keeps the first few messages, and warns once."""
         failed = [verdict for verdict in by_sample.values() if isinstance(verdict, Failure)]
-        if self._in_rollout:
-            asked, lost = self._tallies.get(entry.name, [0, 0])
-            self._tallies[entry.name] = [asked + len(by_sample), lost + len(failed)]
+        asked, lost = self._tallies.get(entry.name, [0, 0])
+        self._tallies[entry.name] = [asked + len(by_sample), lost + len(failed)]
         for failure in failed:
             where = f"{failure.cause}, prompt {prompt.index} of source {prompt.source!r}: {failure.message}"
             if not self.failures[entry.name]:
