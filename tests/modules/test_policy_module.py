@@ -57,8 +57,11 @@ def trainer(steps, rank=0, strategy=None, world=1, callbacks=(), **options):
     )  # fmt: skip
 
 
-def train(rank, world, strategy, steps, arguments):
-    """What was logged per step, gradients of the first step, and parameters in the end."""
+def train(rank, world, strategy, steps, arguments, save=None, resume=None):
+    """What was logged per step, gradients of the first step, and parameters in the end.
+
+    With `save` a checkpoint is written there after the first step; `resume` continues from one.
+    """
     import lightning.pytorch as L
 
     module, data = parts(**arguments)
@@ -71,8 +74,11 @@ def train(rank, world, strategy, steps, arguments):
                 result["gradients"] = {n: whole(p.grad) for n, p in named if p.grad is not None}
             if trainer.global_step > len(result["logged"]):
                 result["logged"].append({n: float(v) for n, v in trainer.callback_metrics.items()})
+                if save is not None and trainer.global_step == 1:
+                    trainer.save_checkpoint(save)
 
-    trainer(steps, rank, strategy, world, [Record()]).fit(module, data)
+    trainer(steps, rank, strategy, world, [Record()]).fit(module, data, ckpt_path=resume)
+    result["calls"] = module.engine.calls
     result["parameters"] = {name: whole(p) for name, p in module.named_parameters()}
     return result
 
@@ -116,13 +122,22 @@ def prepared(case):
     return strategy, steps, {**arguments, "policy": policy, "data": data}
 
 
-def train_prepared(rank, world, cases):
-    return train_all(rank, world, [prepared(case) for case in cases])
+def train_prepared(rank, world, cases, folder=None):
+    results = train_all(rank, world, [prepared(case) for case in cases])
+    if folder is not None:  # the first case again, stopped between the two steps on its first rollout batch
+        strategy, steps, arguments = prepared(cases[0])
+        train(rank, world, strategy, 1, arguments, save=f"{folder}/one.ckpt")
+        results.append(train(rank, world, strategy, steps, arguments, resume=f"{folder}/one.ckpt"))
+    return results
 
 
-def test_steps_on_two_ranks_with_expert_parallelism_are_those_of_one_process():
+def test_steps_on_two_ranks_with_expert_parallelism_are_those_of_one_process(tmp_path):
     expected = run_ranks(train_prepared, 1, CASES, timeout=120.0)[0]
-    results = run_ranks(train_prepared, 2, CASES, timeout=120.0)
+    results = run_ranks(train_prepared, 2, CASES, str(tmp_path), timeout=120.0)
+    for have in results:
+        assert (have[0]["calls"], have[-1]["calls"]) == (2, 1)  # the samples of the first batch are in the checkpoint
+        for name, tensor in have[-1]["parameters"].items():
+            torch.testing.assert_close(tensor, have[0]["parameters"][name], rtol=1e-6, atol=1e-8, msg=name)
     for number, case in enumerate(CASES):
         want = expected[number]
         assert any(name.startswith("token_reward_model") for name in want["gradients"]) == (number == 0)

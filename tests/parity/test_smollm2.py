@@ -159,3 +159,26 @@ def test_upcycled_to_experts_it_starts_as_the_dense_model(ours, shakespeare):
     dense, sparse = loss_sum(ours, ids) / 511, loss_sum(model.eval(), ids) / 511
     print("loss (dense, 8 experts top-2)", dense, sparse)
     assert sparse == pytest.approx(dense, rel=1e-5)
+
+
+def test_a_step_of_reinforcement_learning_moves_what_may_learn(ours, tmp_path, monkeypatch):
+    from lit_interns1.commands.trainer import run
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    config = ROOT / "configs" / "rl" / "smollm2.yaml"
+    cli = run([
+        "fit", f"--config={config}", f"--run_dir={tmp_path / 'run'}", f"--model.init_weights={FILE}",
+        f"--data.form.tokenizer={FILE}", "--data.prompts_per_rollout=2", "--data.num_generations=2",
+        "--data.samples_per_micro_batch=4", "--data.max_completion_length=8", "--trainer.max_steps=1",
+        "--trainer.logger=false", "--data.rewards.binary=zero_one",
+        "--model.objective=GRPO",
+    ])  # fmt: skip
+    samples = cli.datamodule.collected.samples
+    assert len(samples) == 4
+    assert all(scored.counts and scored.text for scored in samples)
+    assert cli.model.rollout_metrics["mismatch/k3"] < 1e-6
+    start = dict(ours.named_parameters())
+    moved = {name for name, p in cli.model.model.named_parameters() if not torch.equal(p, start[name])}
+    learned = any(scored.reward != samples[0].reward for scored in samples)
+    assert all(name.startswith(("layers.28.", "layers.29.", "norm.")) for name in moved)
+    assert bool(moved) == learned

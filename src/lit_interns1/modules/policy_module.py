@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -76,6 +77,8 @@ class PolicyModule(LanguageModelModule):
         side_learning_rate: Rate of critic and token reward model; default: that of the policy.
         policy_freeze_steps: Optimizer steps in which only critic and token reward model learn (10 in OREAL).
         freeze_router: Routers do not learn.
+        trainable: Names of the policy's parameters that learn, `*` stands for any characters, as in
+            `["layers.29.*", "norm.weight"]`; None = all.
         precision: Formats in which the policy computes, in training and, since the embedded engine runs the same
             network, in the rollout: `PrecisionRecipe`, or "intern_s1_pro" for experts in FP8, the rest in bfloat16
             and the head in float32. None: as its config says.
@@ -115,6 +118,7 @@ class PolicyModule(LanguageModelModule):
         side_learning_rate: float | None = None,
         policy_freeze_steps: int = 0,
         freeze_router: bool = False,
+        trainable: list[str] | None = None,
         precision: PrecisionRecipe | Literal["intern_s1_pro"] | None = None,
         log_entropy: bool = True,
         balance: BalanceLoss | None = None,
@@ -151,7 +155,7 @@ class PolicyModule(LanguageModelModule):
         self.settings = RolloutSettings(found, reward_kl, correction, one_pair_per_group)
         self.reference_weights, self.reference_offload = reference_weights, reference_offload
         self.value_loss, self.side_learning_rate = critic, side_learning_rate
-        self.policy_freeze_steps, self.log_entropy = policy_freeze_steps, log_entropy
+        self.policy_freeze_steps, self.log_entropy, self.trainable = policy_freeze_steps, log_entropy, trainable
         self.requires = self.policy_objective.requires | self.settings.requires
         self.token_reward_loss = TokenRewardLoss() if "token_rewards" in self.requires else None
         if "values" in self.requires and critic is None:
@@ -166,12 +170,25 @@ class PolicyModule(LanguageModelModule):
     def build_beside(self) -> None:
         """The reference, the token reward model and the critic, as far as they are needed."""
         super().build_beside()
+        if self.trainable is not None:
+            self._freeze(self.trainable)
         if "ref_logprobs" in self.requires:
             self.reference = FrozenReference(self.build_model(), self.reference_offload)
         if self.token_reward_loss is not None:
             self.token_reward_model = RewardModel(self.config)
         if self.value_loss is not None:
             self.critic = RewardModel(self.config)
+
+    def _freeze(self, patterns: list[str]) -> None:
+        names = [name for name, _ in self.model.named_parameters()]
+        unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+        if unknown or not patterns:
+            raise ValueError(
+                f"trainable = {patterns}: no parameter is called {unknown or 'so'}; names are like {names[0]!r}"
+            )
+        for name, parameter in self.model.named_parameters():
+            learns = any(fnmatchcase(name, pattern) for pattern in patterns)
+            parameter.requires_grad_(parameter.requires_grad and learns)
 
     def _side_networks(self) -> list[RewardModel]:
         return [getattr(self, name) for name in ("token_reward_model", "critic") if hasattr(self, name)]

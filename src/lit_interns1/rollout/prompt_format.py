@@ -50,7 +50,7 @@ class PromptFormat:
         base = tokenizer if isinstance(tokenizer, TextTokenizer) else load_tokenizer(tokenizer)
         self.style, self.template, self.system, self.max_prompt_length = style, template, system, max_prompt_length
         self.tokens = tokens_of_style(media_tokens)
-        self.tokenizer = with_media_tokens(base, self.tokens) if style == "chat" else base
+        self.tokenizer = with_media_tokens(base, self.tokens, turns_only=True) if style == "chat" else base
         self._form = ConversationFormat(self.tokenizer, self.tokens, None, None) if style == "chat" else None
 
     @property
