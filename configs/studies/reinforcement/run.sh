@@ -9,7 +9,7 @@ export OMP_NUM_THREADS=1 WANDB_MODE=${WANDB_MODE:-offline}
 fit() { # name, options: one run, unless it is there
   local name=$1
   shift
-  [ -e "$out/$name/checkpoints/last.ckpt" ] || lit-interns1 fit --run_dir "$out/$name" "$@"
+  [ -e "$out/$name/checkpoints/last.ckpt" ] || lit-interns1 fit "$@" --run_dir "$out/$name"
 }
 fit warm-up --config configs/rl/chain-sum-warm-up.yaml
 policy() { # name, seed, options
@@ -32,8 +32,8 @@ python "$here/measure.py" before="$out/warm-up/checkpoints/last.ckpt" $(
 noisy() { # name, options: four updates on each rollout batch of an engine whose routers are noisy
   local name=$1
   shift
-  policy "$name" 1 --model.engine.router_noise 2.0 --data.updates_per_rollout 4 --data.samples_per_micro_batch 64 \
-    --trainer.max_steps 240 --trainer.val_check_interval 160 "$@"
+  policy "$name" 1 --model.engine.router_noise 2.0 --data.updates_per_rollout 4 --data.samples_per_micro_batch 128 \
+    --trainer.max_steps 240 --trainer.val_check_interval 80 "$@"
 }
 noisy noise-none --model.replay none
 noisy noise-correction --model.replay none --model.correction RolloutCorrection --model.correction.mode mask \

@@ -267,6 +267,8 @@ def run(
     """
     # resuming into the run's own directory is what is asked for; the other comes from Lightning with new torch releases
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+    # a frozen reference is in eval mode, as it should be
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     return (cli_class or KitCLI)(
         LightningModule,
