@@ -41,6 +41,7 @@ noisy noise-correction --model.replay none --model.correction RolloutCorrection 
 noisy noise-replay --model.replay r3
 noisy noise-both --model.replay r3 --model.correction RolloutCorrection --model.correction.mode mask \
   --model.correction.low 0.5 --model.correction.high 5
-python "$here/measure.py" $(
+python "$here/figure.py" "$out" "$out/reinforcement.png"
+python "$here/measure.py" before="$out/warm-up/checkpoints/last.ckpt" $(
   for name in none correction replay both; do echo "noise-$name=$out/noise-$name-1/checkpoints/last.ckpt"; done
 )
