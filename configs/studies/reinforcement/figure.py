@@ -14,6 +14,7 @@ from lit_interns1.reports import RunDirectory
 OBJECTIVES = {"rloo": "RLOO", "oreal": "OREAL", "pro": "Intern-S1-Pro"}
 NOISE = {"none": "neither", "correction": "correction", "replay": "replay", "both": "replay and correction"}
 COLOURS = ("#333333", "#0072B2", "#D55E00", "#009E73")
+SHOWN_NOISE = "0.5"
 WINDOW = 15
 
 
@@ -34,7 +35,7 @@ def main(runs: Path, picture: Path) -> None:
             learning.plot(smooth(np.mean(found, 0)), color=colour, label=label, linewidth=2)
     print("| engine's noise met by | right in training | F(2) | k3, nats |\n|---|---|---|---|")
     for (name, label), colour in zip(NOISE.items(), COLOURS, strict=True):
-        run = runs / f"noise-{name}-1"
+        run = runs / f"noise-{SHOWN_NOISE}-{name}-1"
         if not run.is_dir():
             continue
         metrics = RunDirectory(run).metrics()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Three objectives, three seeds, on sums; then noise in the engine, with and without replay and correction.
 #   configs/studies/reinforcement/run.sh runs/reinforcement
-# About 50 minutes of one thread; runs that are there already are kept.
+# About 70 minutes of one thread; runs that are there already are kept.
 set -euo pipefail
 out=${1:?name a directory for the runs}
 here=$(dirname "$0")
@@ -29,19 +29,23 @@ python "$here/measure.py" before="$out/warm-up/checkpoints/last.ckpt" $(
   done; done
 )
 
-noisy() { # name, options: four updates on each rollout batch of an engine whose routers are noisy
-  local name=$1
-  shift
-  policy "$name" 1 --model.engine.router_noise 2.0 --data.updates_per_rollout 4 --data.samples_per_micro_batch 128 \
-    --trainer.max_steps 240 --trainer.val_check_interval 80 "$@"
+noisy() { # noise, steps, name, options: four updates on each rollout batch of an engine whose routers are noisy
+  local noise=$1 steps=$2 name=$3
+  shift 3
+  policy "noise-$noise-$name" 1 --model.engine.router_noise "$noise" --data.updates_per_rollout 4 \
+    --data.samples_per_micro_batch 128 --trainer.max_steps "$steps" --trainer.val_check_interval "$steps" "$@"
 }
-noisy noise-none --model.replay none
-noisy noise-correction --model.replay none --model.correction RolloutCorrection --model.correction.mode mask \
-  --model.correction.low 0.5 --model.correction.high 5
-noisy noise-replay --model.replay r3
-noisy noise-both --model.replay r3 --model.correction RolloutCorrection --model.correction.mode mask \
-  --model.correction.low 0.5 --model.correction.high 5
+correction="--model.correction RolloutCorrection --model.correction.mode mask --model.correction.low 0.5
+  --model.correction.high 5"
+for noise in "0.5 160" "2.0 240"; do
+  noisy $noise none --model.replay none
+  noisy $noise correction --model.replay none $correction
+  noisy $noise replay --model.replay r3
+  noisy $noise both --model.replay r3 $correction
+done
 python "$here/figure.py" "$out" "$out/reinforcement.png"
 python "$here/measure.py" before="$out/warm-up/checkpoints/last.ckpt" $(
-  for name in none correction replay both; do echo "noise-$name=$out/noise-$name-1/checkpoints/last.ckpt"; done
+  for noise in 0.5 2.0; do for name in none correction replay both; do
+    echo "noise-$noise-$name=$out/noise-$noise-$name-1/checkpoints/last.ckpt"
+  done; done
 )
