@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
-
 from lit_interns1.data.loader import EvaluationLoader, ResumableLoader
 from lit_interns1.data.order import RowOrder
-from lit_interns1.data.tokenizer import TextTokenizer
+from lit_interns1.data.tokenized_data_module import TokenizedDataModule
 from lit_interns1.training import GlobalBatch
 
 
-class RowDataModule(pl.LightningDataModule):
+class RowDataModule(TokenizedDataModule):
     """Base of DataModules of rows. A subclass has a `tokenizer`, plans in `_plan`, and says in `_identity` what
     determines its rows.
 
@@ -70,11 +68,6 @@ class RowDataModule(pl.LightningDataModule):
 
     # what a subclass says
 
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The tokenizer."""
-        raise NotImplementedError
-
     def _plan(self) -> None:
         """Sets `_training`, `_validation` and `_order`."""
         raise NotImplementedError
@@ -84,19 +77,6 @@ class RowDataModule(pl.LightningDataModule):
         raise NotImplementedError
 
     # what follows
-
-    @property
-    def vocab_size(self) -> int:
-        """Largest token id plus one: what the model's vocabulary must hold at least."""
-        return self.tokenizer.vocab_size
-
-    def check_vocabulary(self, model_vocab_size: int) -> None:
-        """Raises ValueError if the tokenizer has ids that the model has not."""
-        if model_vocab_size < self.vocab_size:
-            raise ValueError(
-                f"the model's vocabulary has {model_vocab_size} entries, the tokenizer {self.vocab_size}: "
-                f"vocab_size of the model must be at least {self.vocab_size}"
-            )
 
     @property
     def data_parallel_size(self) -> int:
@@ -111,12 +91,6 @@ class RowDataModule(pl.LightningDataModule):
             ValueError: If B is not a multiple of W·m.
         """
         return GlobalBatch(self.global_batch_size, self.micro_batch_size, self.data_parallel_size)
-
-    def _ranks(self) -> tuple[int, int]:
-        """(W, rank) from the strategy, (1, 0) without a Trainer or on a single device."""
-        strategy = getattr(self.trainer, "strategy", None)
-        ranks = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
-        return int(ranks["num_replicas"]), int(ranks["rank"])
 
     # Lightning's hooks
 

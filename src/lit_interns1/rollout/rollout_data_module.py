@@ -13,9 +13,8 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Protocol
 
-import lightning.pytorch as pl
-
 from lit_interns1.data.packed_batch import PackedBatch
+from lit_interns1.data.tokenized_data_module import TokenizedDataModule
 from lit_interns1.data.tokenizer import TextTokenizer
 from lit_interns1.rollout.collector import Collected, Collector, Rewards, Selection, gather_objects, merged_means
 from lit_interns1.rollout.engine import RolloutEngine
@@ -63,7 +62,7 @@ class ScoredGroups:
         return self
 
 
-class RolloutDataModule(pl.LightningDataModule):
+class RolloutDataModule(TokenizedDataModule):
     """Rollout batches as micro-batches of `PackedBatch`es.
 
     Args:
@@ -149,27 +148,9 @@ class RolloutDataModule(pl.LightningDataModule):
         return self.form.tokenizer
 
     @property
-    def vocab_size(self) -> int:
-        """Largest token id plus one."""
-        return self.tokenizer.vocab_size
-
-    def check_vocabulary(self, model_vocab_size: int) -> None:
-        """Raises ValueError if the tokenizer has ids that the model has not."""
-        if model_vocab_size < self.vocab_size:
-            raise ValueError(
-                f"the model's vocabulary has {model_vocab_size} entries, the tokenizer {self.vocab_size}: "
-                f"vocab_size of the model must be at least {self.vocab_size}"
-            )
-
-    @property
     def plan(self) -> RolloutPlan:
         """Sizes on the present number of ranks."""
         return RolloutPlan(*self.sizes, data_parallel_size=self._ranks()[0])
-
-    def _ranks(self) -> tuple[int, int]:
-        strategy = getattr(self.trainer, "strategy", None)
-        ranks = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
-        return int(ranks["num_replicas"]), int(ranks["rank"])
 
     @property
     def policy(self) -> Policy:
