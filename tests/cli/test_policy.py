@@ -8,6 +8,7 @@ import pytest
 from documented_keys import undocumented
 from lit_interns1.commands.trainer import run
 from lit_interns1.reports import RunDirectory
+from wandb_history import history
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "rl"
 TINY = [
@@ -47,6 +48,8 @@ def test_the_config_runs_and_its_keys_are_documented(warm, tmp_path, monkeypatch
     import wandb
 
     wandb.finish()
+    (file,) = directory.glob("wandb/offline-run-*/run-*.wandb")
+    assert any("rollout/samples" in row for row in history(file))  # the table
     metrics = RunDirectory(directory).metrics()
     assert {"rollout/reward", "mismatch/k3", "policy/entropy", "val/reward", "train/loss"} <= set(metrics)
     assert undocumented(metrics) == []
