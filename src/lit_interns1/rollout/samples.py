@@ -9,7 +9,6 @@ A sample says at which weights each token was drawn, so that staleness can be se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -192,8 +191,3 @@ def sample_seeds(seed: int, rollout: int, place: int, count: int) -> tuple[int, 
     """
     mixed = ((seed * 1_000_003 + rollout) * 1_000_003 + place) * 65_537
     return tuple((mixed + i) % 2**63 for i in range(count))
-
-
-def whole_groups(samples: Sequence[Sequence[Sample]]) -> int:
-    """Requests of which every sample came to its end."""
-    return sum(all(s.finish_reason != "abort" for s in group) for group in samples)

@@ -92,6 +92,10 @@ def test_the_penalty_of_the_reference_goes_into_the_reward():
         shaped[slot] = REWARDS[0][slot] - 0.5 * float((old - ref).sum())
     got = float(of_sample(steps[0], 2, "advantages")[0])
     assert got == pytest.approx(shaped[2] - shaped[3], abs=1e-5)
+    # a large penalty makes no wrong response of a right one
+    steps, _ = prepare_updates(inputs, groups, [GRPO()], RolloutSettings(LeaveOneOut(), reward_kl=1e4))
+    for prepared, given in zip(steps, inputs, strict=True):
+        assert torch.equal(prepared.rewards, given.rewards)
 
 
 def test_estimators_per_token_see_the_whole_batch():

@@ -106,8 +106,9 @@ def _with_advantages(
     answered_S = is_token_SL.any(1)[real_S]
     reward_S = torch.where(answered_S, reward_SL[real_S, :1].sum(1), torch.nan)
     group_S = inputs.sample_values(group_T)[real_S]
-    per_token = isinstance(estimator, DiscountedReturns | GeneralizedAdvantages)
-    of_groups: AdvantageEstimator = GroupNormalized("none") if per_token else estimator  # type: ignore[assignment]
+    of_groups: AdvantageEstimator = GroupNormalized("none")  # of estimators per token only its metrics are wanted
+    if not isinstance(estimator, DiscountedReturns | GeneralizedAdvantages):
+        of_groups = estimator
     result = of_groups(
         reward_S, group_S, lengths=inputs.sample_lengths[real_S], valid=answered_S,
         across_ranks=dist.is_available() and dist.is_initialized(), process_group=process_group,
@@ -118,10 +119,12 @@ def _with_advantages(
         whole_S[real_S] = value_S
         return inputs.to_tokens(whole_S)
 
-    if per_token:
-        inputs = estimator(inputs.changed(rewards=reward_T), process_group)  # type: ignore[assignment, arg-type]
+    # the rewards themselves stay: which responses are right must not depend on the KL
+    if isinstance(estimator, DiscountedReturns | GeneralizedAdvantages):
+        estimated = estimator(inputs.changed(rewards=reward_T), process_group)
+        inputs = inputs.changed(advantages=estimated.value("advantages"), returns=estimated.value("returns"))
     else:
-        inputs = inputs.changed(rewards=reward_T, advantages=spread(result.advantages))
+        inputs = inputs.changed(advantages=spread(result.advantages))
     metrics = dict(result.metrics)
     if settings.one_pair_per_group:
         chosen_S = one_pair_per_group(reward_S, group_S, result.valid, torch.Generator().manual_seed(seed))
