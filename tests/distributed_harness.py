@@ -9,6 +9,7 @@ interpreter, without paying for the import of torch in every rank.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import inspect
 import multiprocessing
@@ -55,6 +56,7 @@ def _rank_main(
         import torch
         import torch.distributed as dist
 
+        faulthandler.enable()  # a signal's stack, in what the test prints
         torch.set_num_threads(1)
         _load_module(*module)
         function, arguments = pickle.loads(call)
@@ -108,7 +110,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
                 sender.close()
                 processes.append(process)
                 connections.append(receiver)
-            return _collect(connections, timeout)
+            return _collect(processes, connections, timeout)
         finally:
             for name, value in saved.items():
                 if value is None:
@@ -124,7 +126,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
                 connection.close()
 
 
-def _collect(connections: list[Connection], timeout: float) -> list[Any]:
+def _collect(processes: list[Any], connections: list[Connection], timeout: float) -> list[Any]:
     deadline = time.monotonic() + timeout
     results: dict[int, Any] = {}
     while len(results) < len(connections):
@@ -138,7 +140,9 @@ def _collect(connections: list[Connection], timeout: float) -> list[Any]:
             try:
                 succeeded, value = pickle.loads(connections[rank].recv_bytes())
             except EOFError:
-                raise RankError(f"rank {rank} died without a traceback") from None
+                processes[rank].join(timeout=10.0)
+                code = processes[rank].exitcode  # -11: SIGSEGV
+                raise RankError(f"rank {rank} died without a traceback, exit code {code}") from None
             if not succeeded:
                 raise RankError(f"rank {rank} failed:\n{value}")
             results[rank] = value
