@@ -48,7 +48,8 @@ class LanguageModelModule(DecoderModule):
             is given as well must describe the same network. A checkpoint that is loaded (`ckpt_path`) goes over it.
 
     Logs `train/loss` (the objective per token over the optimizer step, without the routers' losses), `train/balance`,
-    `train/router_z`, `train/tokens`, `optim/lr`, `val/loss`, and `val/loss/{source}` if batches carry `source_id`.
+    `train/router_z`, `train/tokens`, `optim/lr`, `val/loss`, and `val/loss/{source}` if validation batches carry
+    `source_id`.
     """
 
     model: LanguageModel
@@ -80,10 +81,11 @@ class LanguageModelModule(DecoderModule):
         return LanguageModel(self.config)
 
     def setup(self, stage: str) -> None:
-        """Checks the vocabulary of the data against the model's, and takes the names of its sources."""
+        """Checks the vocabulary of the data against the model's, and takes the names of its validation sources."""
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
-        self.source_names = list(getattr(data, "source_names", []))
+        # a data module may validate on other sources than it trains on: `source_id` of its batches numbers those
+        self.source_names = list(getattr(data, "validation_source_names", None) or getattr(data, "source_names", []))
         self.validation_loss = GroupedTokenLoss(max(1, len(self.source_names)))
 
     # -- steps -------------------------------------------------------------------------------------------------------
