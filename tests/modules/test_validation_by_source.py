@@ -1,4 +1,4 @@
-"""`val/loss/{source}`: exact over ragged batches and ranks, named after the validation sources, whatever is trained on."""
+"""`val/loss/{source}`: exact over ragged batches and ranks, and named after the sources that are validated on."""
 
 import warnings
 
