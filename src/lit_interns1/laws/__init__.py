@@ -1,8 +1,9 @@
 """Curve fits over small arrays, in float64 and without Lightning: plain arrays in, laws with their errors out.
 
 One fitter (`fitter`, `linear`) serves all: the power law of the loss (`power_law`), the learning rate
-(`learning_rate`), the batch size (`batch_size`, `batch_size_table`, `loss_curves`; other accounts in `critical_batch`)
-and token weights that predict benchmarks (`salience`, `token_losses`, `salience_file`).
+(`learning_rate`), the batch size (`batch_size`, `batch_size_table`, `loss_curves`; other accounts in `critical_batch`),
+proportions of the training domains (`mixing`, `mixing_search`) and token weights that predict benchmarks (`salience`,
+`token_losses`, `salience_file`).
 """
 
 from lit_interns1.laws.batch_size import BatchSizeCurve, BatchSizeFit, fit_batch_size_curve
@@ -37,6 +38,8 @@ from lit_interns1.laws.learning_rate import (
 )
 from lit_interns1.laws.linear import LinearFit, linear_fit
 from lit_interns1.laws.loss_curves import LossCurve, crossings, smooth_loss
+from lit_interns1.laws.mixing import MixingLaw, OptimalMixture, fit_mixing_law
+from lit_interns1.laws.mixing_search import caps_of_tokens
 from lit_interns1.laws.power_law import PowerLaw, fit_power_law
 from lit_interns1.laws.salience import CapabilitySalience, SalienceFit, fit_salience
 from lit_interns1.laws.salience_file import SalienceFile, SalienceFileError, load_salience
@@ -45,11 +48,12 @@ from lit_interns1.laws.token_losses import TokenLosses
 
 __all__ = [
     "BatchSizeCurve", "BatchSizeFit", "BatchSizeRow", "BatchSizeSchedule", "BatchSizeTable", "BranchedBatch",
-    "CapabilitySalience", "CurveFit", "CurveFitter", "Hyperbola", "LinearFit", "LossCurve", "NoiseScale",
-    "NoiseScaleAverage", "PowerLaw", "RateExtrapolation", "RateLaw", "RateParabola", "RatePrediction", "SalienceFile",
-    "SalienceFileError", "SalienceFit", "ScoreMetrics", "ScoreScale", "TokenLosses", "branched_critical_batch",
-    "crossings", "extrapolate_best_rate", "fit_batch_size_curve", "fit_batch_size_schedule", "fit_batch_size_table",
-    "fit_hyperbola", "fit_power_law", "fit_rate_law", "fit_rate_parabola", "fit_salience", "kaplan_critical_batch",
-    "linear_fit", "load_salience", "mean_loss_baseline", "noise_scale", "percentile_interval", "published_rate_law",
-    "score_metrics", "smooth_loss", "smoothed_final_loss",
+    "CapabilitySalience", "CurveFit", "CurveFitter", "Hyperbola", "LinearFit", "LossCurve", "MixingLaw", "NoiseScale",
+    "NoiseScaleAverage", "OptimalMixture", "PowerLaw", "RateExtrapolation", "RateLaw", "RateParabola", "RatePrediction",
+    "SalienceFile", "SalienceFileError", "SalienceFit", "ScoreMetrics", "ScoreScale", "TokenLosses",
+    "branched_critical_batch", "caps_of_tokens", "crossings", "extrapolate_best_rate", "fit_batch_size_curve",
+    "fit_batch_size_schedule", "fit_batch_size_table", "fit_hyperbola", "fit_mixing_law", "fit_power_law",
+    "fit_rate_law", "fit_rate_parabola", "fit_salience", "kaplan_critical_batch", "linear_fit", "load_salience",
+    "mean_loss_baseline", "noise_scale", "percentile_interval", "published_rate_law", "score_metrics", "smooth_loss",
+    "smoothed_final_loss",
 ]  # fmt: skip

@@ -4,7 +4,8 @@
 
 by Levenberg–Marquardt (Marquardt 1963) with iteratively reweighted residuals, in free parameters u (`transforms`).
 Many problems are solved at once. Starting points, bootstrap samples and held-out groups all are such problems: they
-differ in start, data or weights only. Shapes: R problems, N points, P parameters.
+differ in start, data or weights only. Shapes: R problems, N points, P parameters; a point x may be a vector, and all
+shapes of x below then go on with its own shape.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 from lit_interns1.laws.transforms import Floats, Transform
 
 Function = Callable[[Floats, Floats], Floats]
-"""f(θ (P, R, 1), x (1 or R, N)) → (R, N): `low, high = theta` gives columns that broadcast over the points."""
+"""f(θ (P, R, 1), x (1 or R, N)) → (R, N): `low, high = theta` gives columns that broadcast over the points.
+
+Of a curve over vectors, x is (1 or R, N, *point_shape).
+"""
 
 
 def percentile_interval(samples: ArrayLike, level: float = 0.95) -> Floats:
@@ -49,14 +53,21 @@ class CurveFitter:
         parameters: How θ is kept within its constraints.
         huber: δ in units of y; None is least squares.
         max_iterations: Levenberg–Marquardt steps per problem.
+        point_shape: Shape of one x: () for numbers, (K,) for vectors of K.
     """
 
     def __init__(
-        self, function: Function, parameters: Transform, huber: float | None = None, max_iterations: int = 300
+        self,
+        function: Function,
+        parameters: Transform,
+        huber: float | None = None,
+        max_iterations: int = 300,
+        point_shape: tuple[int, ...] = (),
     ) -> None:
         if huber is not None and huber <= 0:
             raise ValueError(f"huber={huber} must be positive, or None for least squares")
         self.function, self.parameters, self.huber, self.max_iterations = function, parameters, huber, max_iterations
+        self.point_shape = point_shape
 
     def fit(self, x: ArrayLike, y: ArrayLike, starts: ArrayLike, weights: ArrayLike | None = None) -> CurveFit:
         """The best fit from several starting points.
@@ -75,6 +86,8 @@ class CurveFitter:
         weight_N = np.ones_like(y_N) if weights is None else np.asarray(weights, dtype=np.float64)
         if y_N.ndim != 1 or weight_N.shape != y_N.shape or not np.isfinite(x_N).all() or not np.isfinite(y_N).all():
             raise ValueError(f"y {y_N.shape} and weights {weight_N.shape} must be finite vectors of one length")
+        if x_N.shape != (*y_N.shape, *self.point_shape):
+            raise ValueError(f"x {x_N.shape} must be {(*y_N.shape, *self.point_shape)}, one x for each of y")
         if (weight_N < 0).any() or (weight_N > 0).sum() < len(self.parameters.names):
             names = self.parameters.names
             raise ValueError(f"{(weight_N > 0).sum()} weighted points do not fix the {len(names)} parameters {names}")
@@ -98,12 +111,15 @@ class CurveFitter:
         Returns:
             θ (R, P) and cost (R,); NaN and infinite where no start was feasible.
         """
-        given = (x, y, 1.0 if weights is None else weights)
-        arrays = np.broadcast_arrays(*(np.atleast_2d(np.asarray(array, dtype=np.float64)) for array in given))
+        x_RN = self._problems(x)
+        given = (y, 1.0 if weights is None else weights)
+        y_RN, weight_RN = (np.atleast_2d(np.asarray(array, dtype=np.float64)) for array in given)
+        y_RN, weight_RN, _ = np.broadcast_arrays(y_RN, weight_RN, np.empty(x_RN.shape[:2]))
+        x_RN = np.broadcast_to(x_RN, (*y_RN.shape, *self.point_shape))
         free_SP = self._free(starts)
-        num_problems, num_starts = len(arrays[0]), len(free_SP)
+        num_problems, num_starts = len(y_RN), len(free_SP)
         u_QP, cost_Q, _ = self._minimise(
-            np.tile(free_SP, (num_problems, 1)), *(np.repeat(array, num_starts, axis=0) for array in arrays)
+            np.tile(free_SP, (num_problems, 1)), *(np.repeat(a, num_starts, axis=0) for a in (x_RN, y_RN, weight_RN))
         )
         cost_RS = cost_Q.reshape(num_problems, num_starts)
         best_R = cost_RS.argmin(axis=1)
@@ -118,7 +134,7 @@ class CurveFitter:
     def evaluate(self, u_RP: Floats, x_RN: Floats) -> Floats:
         """f in free parameters, (R, N); x may also be (N,)."""
         with np.errstate(all="ignore"):
-            return self.function(self.parameters.constrained(u_RP).T[:, :, None], np.atleast_2d(x_RN))
+            return self.function(self.parameters.constrained(u_RP).T[:, :, None], self._problems(x_RN))
 
     def jacobian(self, u_RP: Floats, x_RN: Floats) -> Floats:
         """∂f/∂u by central differences, (R, N, P)."""
@@ -126,9 +142,16 @@ class CurveFitter:
         step_RP = np.cbrt(np.finfo(np.float64).eps) * np.maximum(1.0, np.abs(u_RP))
         shift_RPP = step_RP[:, :, None] * np.eye(size)
         both = np.stack([u_RP[:, None] + shift_RPP, u_RP[:, None] - shift_RPP]).reshape(-1, size)
-        x_QN = x_RN if x_RN.ndim == 1 else np.tile(np.repeat(x_RN, size, axis=0), (2, 1))
+        x_QN = self._problems(x_RN)
+        if len(x_QN) > 1:
+            x_QN = np.concatenate([np.repeat(x_QN, size, axis=0)] * 2)
         value = self.evaluate(both, x_QN).reshape(2, num_problems, size, -1)
         return np.swapaxes((value[0] - value[1]) / (2 * step_RP[:, :, None]), 1, 2)
+
+    def _problems(self, x: ArrayLike) -> Floats:
+        """x with an axis of problems, which points common to all problems come without."""
+        array = np.asarray(x, dtype=np.float64)
+        return array[None] if array.ndim == 1 + len(self.point_shape) else array
 
     def _free(self, starts: ArrayLike) -> Floats:
         with np.errstate(all="ignore"):
@@ -157,7 +180,8 @@ class CurveFitter:
     ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
         u_RP = u_RP.copy()
         num_problems, size = u_RP.shape
-        x_RN, y_RN, weight_RN = (np.broadcast_to(a, (num_problems, y_RN.shape[-1])) for a in (x_RN, y_RN, weight_RN))
+        y_RN, weight_RN = (np.broadcast_to(a, (num_problems, y_RN.shape[-1])) for a in (y_RN, weight_RN))
+        x_RN = np.broadcast_to(self._problems(x_RN), (*y_RN.shape, *self.point_shape))
         residual_RN = y_RN - self.evaluate(u_RP, x_RN)
         cost_R = self._cost(residual_RN, weight_RN)
         slope_RP, curvature_RPP = np.zeros((num_problems, size)), np.zeros((num_problems, size, size))
