@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_interns1.callbacks import TokenClock, TokenExactLoss, TokenLearningRate
-from lit_interns1.optim import TokenSchedule, weight_decay_groups
+from lit_interns1.optim import TokenSchedule, build_optimizer
 
 
 class CountedModule(LightningModule):
@@ -58,8 +58,8 @@ class CountedModule(LightningModule):
                 self.materialize("cpu")
 
     def configure_optimizers(self) -> Optimizer:
-        """The optimizer over parameter groups with and without decay."""
-        return self.make_optimizer(weight_decay_groups(self.model, self.decay_embeddings))
+        """The optimizer over parameter groups with and without decay; for Muon and Mousse, of matrices and the rest."""
+        return build_optimizer(self.make_optimizer, self.model, decay_embeddings=self.decay_embeddings)
 
     def wanted_callbacks(self) -> list[Callback]:
         """Callbacks that training needs: the clock, exact losses and the schedule."""

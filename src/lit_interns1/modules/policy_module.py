@@ -42,7 +42,7 @@ from lit_interns1.objectives.policy import (
     prepare_updates,
 )
 from lit_interns1.objectives.rollout_metrics import RolloutMetrics
-from lit_interns1.optim import TokenSchedule, weight_decay_groups
+from lit_interns1.optim import TokenSchedule, build_optimizer
 from lit_interns1.rollout.embedded import EmbeddedEngine
 from lit_interns1.rollout.engine import RolloutEngine
 from lit_interns1.rollout.rollout_data_module import ScoredGroups
@@ -203,14 +203,13 @@ class PolicyModule(LanguageModelModule):
 
     def configure_optimizers(self) -> Optimizer:
         """One optimizer over policy and networks beside it, each with parameter groups of its own."""
-        groups = weight_decay_groups(self.model, self.decay_embeddings)
-        own = len(groups)
-        for network in self._side_networks():
-            groups += weight_decay_groups(network, self.decay_embeddings)
-        optimizer = self.make_optimizer(groups)
+        networks = [self.model, *self._side_networks()]
+        optimizer = build_optimizer(self.make_optimizer, *networks, decay_embeddings=self.decay_embeddings)
+        own = {id(parameter) for parameter in self.model.parameters()}
         if self.side_learning_rate is not None:
-            for group in optimizer.param_groups[own:]:
-                group["lr"] = self.side_learning_rate
+            for group in optimizer.param_groups:
+                if id(group["params"][0]) not in own:
+                    group["lr"] = self.side_learning_rate
         return optimizer
 
     def on_fit_start(self) -> None:

@@ -8,10 +8,17 @@ from lit_interns1.optim.batch_schedules import (
     LinearBatch,
     TabulatedBatch,
 )
+from lit_interns1.optim.building import build_optimizer
+from lit_interns1.optim.matrix_groups import matrix_groups
+from lit_interns1.optim.matrix_optimizer import MatrixOptimizer
+from lit_interns1.optim.mousse import Mousse
+from lit_interns1.optim.muon import Muon
+from lit_interns1.optim.orthogonalization import newton_schulz, polar_factor
 from lit_interns1.optim.parameter_groups import weight_decay_groups
 from lit_interns1.optim.schedules import TokenSchedule, WarmupStableDecay
 
 __all__ = [
-    "BatchForLoss", "BatchSchedule", "DoublingBatch", "FittedBatch", "LinearBatch", "TabulatedBatch", "TokenSchedule",
-    "WarmupStableDecay", "weight_decay_groups",
+    "BatchForLoss", "BatchSchedule", "DoublingBatch", "FittedBatch", "LinearBatch", "MatrixOptimizer", "Mousse", "Muon",
+    "TabulatedBatch", "TokenSchedule", "WarmupStableDecay", "build_optimizer", "matrix_groups", "newton_schulz",
+    "polar_factor", "weight_decay_groups",
 ]  # fmt: skip

@@ -1,0 +1,488 @@
+"""What Muon and Mousse share: batches of equal matrices, whole matrices of divided parameters, and state that moves.
+
+    gradient → prepare (momentum, whitening) → orthogonalise, all matrices of one shape at once → finish → W
+
+A matrix whose rows FSDP2 has divided has one owner, which holds its state and computes its update: one all-to-all
+brings the rows of all matrices of one shape to their owners, one takes the updates back, and while one shape is
+computed the next travels. Experts that are whole on a rank stay there. State dicts hold tensors that are divided like
+their parameters, whoever owned them, so checkpoints know nothing of the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
+
+from lit_interns1.optim import elementwise
+from lit_interns1.optim.elementwise import BETAS, ElementwiseName, local
+from lit_interns1.optim.orthogonalization import CoefficientSet, check_coefficients, newton_schulz, polar_factor
+from lit_interns1.optim.row_exchange import Pending, RowExchange, balanced_owners
+from lit_interns1.training import total_norm
+
+RateAdjustment = Literal["match_rms_adamw", "spectral_norm", "original", "none"]
+Polar = Literal["newton_schulz", "svd"]
+
+_ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
+    "match_rms_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
+    "spectral_norm": lambda rows, columns: (rows / columns) ** 0.5,
+    "original": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
+    "none": lambda rows, columns: 1.0,
+}
+_TOGETHER = 2**25  # numbers that are orthogonalised at once, at most (but at least one matrix)
+_IN_FLIGHT = 2  # shapes whose gradients travel while another one is computed, at most
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one parameter is cut into matrices on this rank.
+
+    Attributes:
+        parameter: It.
+        blocks: Blocks of rows, each a matrix.
+        rows: Of one block.
+        columns: Of it.
+        stack: Matrices in front that this rank holds, or holds rows of: experts, or 1.
+        group: The ranks over which rows are divided; None where matrices are whole.
+        owners: The rank within the group that owns each entry of the stack.
+        first: A number of the first matrix that no other parameter's matrices have, the same for any division.
+    """
+
+    parameter: Tensor
+    blocks: int
+    rows: int
+    columns: int
+    stack: int
+    group: dist.ProcessGroup | None
+    owners: tuple[int, ...]
+    first: int
+
+    @property
+    def owned(self) -> int:
+        """Entries of the stack whose state is on this rank."""
+        return self.stack if self.group is None else self.owners.count(dist.get_rank(self.group))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(owned, blocks, rows, columns)"""
+        return (self.owned, self.blocks, self.rows, self.columns)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the owned entries."""
+        mine = dist.get_rank(self.group) if self.group is not None else None
+        return [self.first + e for e in range(self.stack) if mine is None or self.owners[e] == mine]
+
+    def parts(self, tensor: Tensor) -> Tensor:
+        """(stack, own rows, columns) of the parameter, its gradient or its update: a view of the local tensor."""
+        own = local(tensor)
+        return own.view(self.stack, own.shape[-2], self.columns)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Parameters of one shape, divided over the same ranks."""
+
+    layouts: list[Layout]
+    exchange: RowExchange | None
+
+    def gradients(self) -> list[Tensor]:
+        """(own rows, columns) of every entry; zeros where a parameter has no gradient."""
+        result = []
+        for layout in self.layouts:
+            gradient = layout.parameter.grad
+            whole = torch.zeros_like(local(layout.parameter)) if gradient is None else local(gradient)
+            result += layout.parts(whole).unbind(0)
+        return result
+
+
+class MatrixOptimizer(Optimizer):
+    """The base of `Muon` and `Mousse`; see there for the options.
+
+    Parameters come in groups from `matrix_groups`, or as they are: then those of two dimensions are matrices, and those
+    of three are stacks of them.
+
+    Raises:
+        ValueError: For an option out of its range, or a parameter whose columns are divided over ranks.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, momentum: float, nesterov: bool, weight_decay: float,
+        adjust_lr: RateAdjustment, coefficients: CoefficientSet, polar: Polar, compute_dtype: torch.dtype | str | None,
+        split_heads: bool, elementwise_optimizer: ElementwiseName, elementwise_lr: float | None,
+        elementwise_betas: tuple[float, float] | None, elementwise_eps: float, elementwise_clip: float | None,
+    ) -> None:  # fmt: skip
+        check_coefficients(coefficients)
+        for name, value, choices in (
+            ("adjust_lr", adjust_lr, tuple(_ADJUSTMENTS)), ("polar", polar, get_args(Polar)),
+            ("elementwise_optimizer", elementwise_optimizer, get_args(ElementwiseName)),
+        ):  # fmt: skip
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+        for name, number in (("lr", lr), ("weight_decay", weight_decay), ("elementwise_lr", elementwise_lr or 0.0)):
+            if number < 0:
+                raise ValueError(f"{name} must not be negative, got {number}")
+        if elementwise_clip is not None and elementwise_clip <= 0:
+            raise ValueError(f"elementwise_clip must be positive, or None for no clipping, got {elementwise_clip}")
+        self.momentum, self.nesterov, self.adjust_lr = momentum, nesterov, adjust_lr
+        self.coefficients: CoefficientSet = coefficients
+        self.polar, self.compute_dtype = polar, _dtype(compute_dtype)
+        self.split_heads = split_heads
+        self.elementwise_optimizer: ElementwiseName = elementwise_optimizer
+        self.elementwise_betas = tuple(elementwise_betas or BETAS[elementwise_optimizer])
+        self.elementwise_eps, self.elementwise_clip = elementwise_eps, elementwise_clip
+        super().__init__(_classified(params, elementwise_lr), {"lr": lr, "weight_decay": weight_decay, "steps": 0})
+        self._layouts = self._lay_out()
+        self._batches = self._form_batches()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                layout = self._layouts.get(parameter)
+                self.state[parameter] = (
+                    elementwise.new_state(elementwise_optimizer, parameter)
+                    if layout is None
+                    else self.new_state(layout)
+                )
+
+    # -- what an optimizer decides -------------------------------------------------------------------------------------
+
+    def new_state(self, layout: Layout) -> dict[str, Tensor]:
+        """State of a parameter's owned matrices before the first step; (owned, blocks, rows of that tensor, ...)."""
+        dtype = torch.float64 if layout.parameter.dtype == torch.float64 else torch.float32
+        return {"momentum": torch.zeros(layout.shape, dtype=dtype, device=local(layout.parameter).device)}
+
+    def prepare(
+        self, layout: Layout, state: dict[str, Tensor], gradient: Tensor, live: Tensor, step: int
+    ) -> Tensor:  # fmt: skip
+        """What is orthogonalised; here the gradient with momentum.
+
+        Args:
+            layout: Of the parameter.
+            state: Of its owned matrices; changed in place.
+            gradient: (owned, blocks, rows, columns).
+            live: (owned, blocks, 1, 1) False where the whole gradient is zero: that matrix's state must not change.
+            step: Number of this step, from 1.
+        """
+        moment = state["momentum"]
+        moment.mul_(choose(live, self.momentum, 1.0, moment.dtype)).add_(gradient)
+        return torch.add(gradient, moment, alpha=self.momentum) if self.nesterov else moment
+
+    def finish(self, layout: Layout, state: dict[str, Tensor], orthogonal: Tensor) -> Tensor:
+        """The update before the factor for the shape; (owned, blocks, rows, columns)."""
+        return orthogonal
+
+    def cost(self, rows: int, columns: int) -> float:
+        """Arithmetic of one matrix, in any unit: owners are chosen by it."""
+        return 15.0 * rows * columns * min(rows, columns)
+
+    # -- how parameters are divided ------------------------------------------------------------------------------------
+
+    def _lay_out(self) -> dict[Tensor, Layout]:
+        """Layouts in the order of the groups. Owners are dealt out over all matrices of one group of ranks."""
+        found = []
+        costs: dict[Any, list[float]] = defaultdict(list)
+        for group in self.param_groups:
+            if group["kind"] != "matrix":
+                continue
+            blocks = group.get("row_blocks", 1) * (group.get("head_blocks", 1) if self.split_heads else 1)
+            for parameter in group["params"]:
+                if parameter.ndim not in (2, 3) or parameter.shape[-2] % blocks:
+                    raise ValueError(
+                        f"a matrix parameter has two dimensions, or three for a stack, and rows that divide into "
+                        f"{blocks} blocks, got shape {tuple(parameter.shape)}"
+                    )
+                ranks = _ranks_that_share_rows(parameter)
+                stack = local(parameter).shape[0] if parameter.ndim == 3 else 1
+                found.append((parameter, blocks, stack, ranks))
+                cost = blocks * self.cost(parameter.shape[-2] // blocks, parameter.shape[-1])
+                costs[ranks] += [cost] * stack
+        owners = {ranks: iter(balanced_owners(c, ranks.size())) for ranks, c in costs.items() if ranks is not None}
+        layouts, number = {}, 0
+        for parameter, blocks, stack, ranks in found:
+            mine = tuple(next(owners[ranks]) for _ in range(stack)) if ranks is not None else ()
+            layouts[parameter] = Layout(
+                parameter, blocks, parameter.shape[-2] // blocks, parameter.shape[-1], stack, ranks, mine,
+                number + _first_entry(parameter),
+            )  # fmt: skip
+            number += parameter.shape[0] if parameter.ndim == 3 else 1
+        return layouts
+
+    def _form_batches(self) -> list[_Batch]:
+        members: dict[Any, list[Layout]] = defaultdict(list)
+        for layout in self._layouts.values():
+            members[layout.group, layout.blocks, layout.rows, layout.columns].append(layout)
+        return [
+            _Batch(layouts, None if key[0] is None else RowExchange(key[0], [o for x in layouts for o in x.owners]))
+            for key, layouts in members.items()
+        ]  # fmt: skip
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. Ranks that share rows of a matrix must take it together.
+
+        Nothing happens if no parameter has a gradient.
+
+        Args:
+            closure: Computes the loss and its gradients.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            return loss
+        for group in self.param_groups:
+            group["steps"] += 1
+        self._step_matrices()
+        self._step_elementwise()
+        return loss
+
+    def _step_matrices(self) -> None:
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        away = [batch for batch in self._batches if batch.exchange is not None]
+        arriving: list[Pending] = []
+        leaving: list[Pending] = []
+
+        def send(batch: _Batch) -> None:
+            assert batch.exchange is not None
+            first = batch.layouts[0]
+            arriving.append(batch.exchange.start_gather(batch.gradients(), first.blocks * first.rows))
+
+        for batch in away[:_IN_FLIGHT]:
+            send(batch)
+        for batch in self._batches:  # what is whole here is computed while the first gradients travel
+            if batch.exchange is None:
+                updates = self._updates(batch, torch.stack(batch.gradients()), groups)
+                self._apply(batch, list(updates), groups)
+        for place, batch in enumerate(away):
+            assert batch.exchange is not None
+            first = batch.layouts[0]
+            rows = first.blocks * first.rows
+            gradients = batch.exchange.finish_gather(arriving[place], rows, first.columns)
+            if place + _IN_FLIGHT < len(away):
+                send(away[place + _IN_FLIGHT])
+            leaving.append(batch.exchange.start_scatter(self._updates(batch, gradients, groups)))
+            if place:
+                self._receive(away[place - 1], leaving[place - 1], groups)
+        if away:
+            self._receive(away[-1], leaving[-1], groups)
+
+    def _receive(self, batch: _Batch, pending: Pending, groups: dict[int, dict[str, Any]]) -> None:
+        assert batch.exchange is not None
+        first = batch.layouts[0]
+        self._apply(batch, batch.exchange.finish_scatter(pending, first.blocks * first.rows, first.columns), groups)
+
+    def _updates(self, batch: _Batch, gradients: Tensor, groups: dict[int, dict[str, Any]]) -> Tensor:
+        """(owned entries of all layouts, rows of all blocks, columns), with the factor for the shape.
+
+        A matrix without any gradient, such as that of an expert without tokens, does not move, and its state neither.
+        """
+        first = batch.layouts[0]
+        blocks = gradients.view(-1, first.blocks, first.rows, first.columns)
+        live = (blocks != 0).any(-1, keepdim=True).any(-2, keepdim=True)
+        counts = [layout.owned for layout in batch.layouts]
+        prepared = []
+        for layout, gradient, alive in zip(batch.layouts, blocks.split(counts), live.split(counts), strict=True):
+            state, step = self.state[layout.parameter], groups[id(layout.parameter)]["steps"]
+            prepared.append(self.prepare(layout, state, gradient.to(state["momentum"].dtype), alive, step))
+        orthogonal = self._orthogonalize(torch.cat(prepared)).split(counts)
+        finished = torch.cat([
+            self.finish(layout, self.state[layout.parameter], part)
+            for layout, part in zip(batch.layouts, orthogonal, strict=True)
+        ])  # fmt: skip
+        finished.mul_(choose(live, _ADJUSTMENTS[self.adjust_lr](first.rows, first.columns), 0.0, finished.dtype))
+        return finished.to(gradients.dtype).view(gradients.shape)
+
+    def _orthogonalize(self, matrices: Tensor) -> Tensor:
+        if self.polar == "svd" or matrices.numel() == 0:
+            return polar_factor(matrices) if matrices.numel() else matrices
+        dtype = self.compute_dtype or (torch.bfloat16 if matrices.is_cuda else matrices.dtype)
+        flat = matrices.view(-1, *matrices.shape[-2:])
+        together = max(_TOGETHER // (flat.shape[-2] * flat.shape[-1]), 1)
+        parts = [newton_schulz(part, self.coefficients, dtype) for part in flat.split(together)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(matrices.shape)
+
+    def _apply(self, batch: _Batch, updates: Sequence[Tensor], groups: dict[int, dict[str, Any]]) -> None:
+        remaining = iter(updates)
+        for layout in batch.layouts:
+            group = groups[id(layout.parameter)]
+            mine = [next(remaining) for _ in range(layout.stack)]
+            if layout.parameter.grad is None:
+                continue
+            weights = layout.parts(layout.parameter.detach())
+            weights.mul_(1 - group["lr"] * group["weight_decay"])
+            for weight, update in zip(weights, mine, strict=True):
+                weight.add_(update, alpha=-group["lr"])
+
+    def _step_elementwise(self) -> None:
+        groups = [group for group in self.param_groups if group["kind"] == "elementwise"]
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        if self.elementwise_clip is not None and gradients:
+            scale = (self.elementwise_clip / total_norm(gradients).clamp(min=1e-12)).clamp(max=1.0)
+            torch._foreach_mul_([local(g) for g in gradients], scale)
+        for group in groups:
+            present = [p for p in group["params"] if p.grad is not None]
+            if present:
+                elementwise.update(
+                    self.elementwise_optimizer, present, [p.grad for p in present], [self.state[p] for p in present],
+                    group["lr"], group["weight_decay"], (self.elementwise_betas[0], self.elementwise_betas[1]),
+                    self.elementwise_eps,
+                )  # fmt: skip
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of matrices as tensors whose rows are divided as those of the parameter. All ranks must call it.
+
+        A tensor of (owned, blocks, rows, ...) becomes one of (stack, blocks · rows, ...), without the stack for a
+        parameter of two dimensions.
+        """
+        result: dict[str, Any] = super().state_dict()
+        for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+            if layout := self._layouts.get(parameter):
+                own = self.state[parameter]
+                result["state"][number] = {name: _by_rows(layout, own[name]) for name in sorted(own)}
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave, on any number of ranks; all must call it.
+
+        Raises:
+            ValueError: If it is the state of other parameters or of another optimizer.
+        """
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        if len(keys) != len(parameters):
+            raise ValueError(f"the state is of {len(keys)} parameters, the optimizer has {len(parameters)}")
+        for mine, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for name in ("kind", "row_blocks", "head_blocks"):
+                if mine.get(name) != theirs.get(name):
+                    raise ValueError(
+                        f"the state is that of another division into matrices: {name} is {theirs.get(name)!r} there "
+                        f"and {mine.get(name)!r} here"
+                    )
+        given = {p: state_dict["state"][key] for key, p in zip(keys, parameters, strict=True) if p in self._layouts}
+        own = {parameter: self.state[parameter] for parameter in given}
+        for parameter, saved in given.items():
+            if saved.keys() != own[parameter].keys():
+                raise ValueError(
+                    f"the state of a matrix holds {sorted(saved)}, this optimizer's {sorted(own[parameter])}: it was "
+                    f"written by another optimizer, or with other options"
+                )
+        rest = {key: state_dict["state"][key] for key, p in zip(keys, parameters, strict=True) if p not in given}
+        super().load_state_dict({**state_dict, "state": rest})
+        for parameter, tensors in own.items():
+            self.state[parameter] = tensors
+            for name in sorted(tensors):
+                _take_rows(self._layouts[parameter], tensors[name], given[parameter][name])
+
+
+def choose(condition: Tensor, value: float, other: float, dtype: torch.dtype) -> Tensor:
+    """One of two numbers everywhere, in full precision and without waiting for the device."""
+    return torch.full_like(condition, value, dtype=dtype).masked_fill_(~condition, other)
+
+
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    names = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+    if isinstance(given, str):
+        if given not in names:
+            raise ValueError(f"compute_dtype must be one of {', '.join(names)}, or None, got {given!r}")
+        return names[given]
+    return given
+
+
+def _classified(params: Iterable[Any], elementwise_lr: float | None) -> list[dict[str, Any]]:
+    """Groups that all say their kind."""
+    given = list(params)
+    groups: list[dict[str, Any]] = []
+    for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
+        members = list(group["params"])
+        if "kind" in group:
+            groups.append({**group, "params": members})
+            continue
+        for kind in ("matrix", "elementwise"):
+            chosen = [p for p in members if (p.ndim in (2, 3) and min(p.shape) > 1) == (kind == "matrix")]
+            if chosen:
+                groups.append({**group, "params": chosen, "kind": kind})
+    for group in groups:
+        if group["kind"] == "elementwise" and elementwise_lr is not None:
+            group["lr"] = elementwise_lr
+    return groups
+
+
+def _ranks_that_share_rows(parameter: Tensor) -> dist.ProcessGroup | None:
+    if not isinstance(parameter, DTensor):
+        return None
+    found = None
+    for axis, placement in enumerate(parameter.placements):
+        if placement.is_partial():
+            raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is a sum over ranks: {placement}")
+        dimension = getattr(placement, "dim", None)  # of Shard, and of the kind that FSDP2 uses over another Shard
+        if dimension is None or parameter.device_mesh.size(axis) == 1 or dimension < parameter.ndim - 2:
+            continue
+        if dimension == parameter.ndim - 1 or found is not None:
+            raise ValueError(
+                f"a matrix parameter may be divided over ranks by rows, along one axis of the mesh, got "
+                f"{parameter.placements} for shape {tuple(parameter.shape)}"
+            )
+        found = parameter.device_mesh.get_group(axis)
+    return found
+
+
+def _first_entry(parameter: Tensor) -> int:
+    """Which entry of a stack is the first on this rank."""
+    if not isinstance(parameter, DTensor) or parameter.ndim == 2:
+        return 0
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offset[0]
+
+
+def _by_rows(layout: Layout, tensor: Tensor) -> Tensor:
+    """A tensor of state (owned, blocks, rows, ...) divided as the parameter is: (stack, blocks · rows, ...)."""
+    parameter, rows = layout.parameter, tensor.shape[1] * tensor.shape[2]
+    flat = tensor.reshape(layout.owned, rows, tensor[0, 0, 0].numel() if layout.owned else _numel(tensor.shape[3:]))
+    if layout.group is not None:
+        flat = torch.stack(RowExchange(layout.group, layout.owners).scatter(flat))
+    part = flat.reshape(flat.shape[:2] + tensor.shape[3:]).clone()
+    if parameter.ndim == 2:
+        part = part[0]
+    if not isinstance(parameter, DTensor):
+        return part
+    whole = torch.Size([*parameter.shape[:-2], rows, *tensor.shape[3:]])
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, run_check=False, shape=whole,
+        stride=torch.empty(whole, device="meta").stride(),
+    )  # fmt: skip
+
+
+def _take_rows(layout: Layout, target: Tensor, given: Tensor) -> None:
+    """The inverse of `_by_rows`, into `target`; `given` may also be whole on every rank."""
+    rows, rest = target.shape[1] * target.shape[2], target.shape[3:]
+    if isinstance(given, DTensor) or not isinstance(layout.parameter, DTensor):
+        part = local(given)
+        part = (part if layout.parameter.ndim == 3 else part[None]).to(target)
+        if layout.group is None:
+            target.copy_(part.reshape(target.shape))
+            return
+        flat = part.reshape(layout.stack, part.shape[1], _numel(rest))
+        target.copy_(RowExchange(layout.group, layout.owners).gather(list(flat), rows).reshape(target.shape))
+        return
+    whole = given if layout.parameter.ndim == 3 else given[None]
+    start = _first_entry(layout.parameter)
+    mine = range(layout.stack) if layout.group is None else RowExchange(layout.group, layout.owners).owned
+    target.copy_(whole[[start + entry for entry in mine]].reshape(target.shape))
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
