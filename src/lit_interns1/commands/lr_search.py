@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_interns1.laws import RateLaw, published_rate_law
-from lit_interns1.reports.learning_rate_search import RateSearchResult, SizeCount, joint_law, size_of
+from lit_interns1.reports.learning_rate_search import RateSearchResult, SizeCount, joint_law, nearest_optimum, size_of
 from lit_interns1.training.units import with_unit
 
 RESULT_FILE = "lr_search.json"
@@ -153,12 +153,7 @@ def _prediction(
     law: RateLaw, results: Sequence[RateSearchResult], target: tuple[float, float], count: SizeCount
 ) -> list[str]:
     """By the law, and by ratios from the bracketed optimum that is nearest to the target (N, D)."""
-    near, probe = min(
-        ((result, probe) for result in results for probe in range(len(result.tokens)) if result.is_bracketed(probe)),
-        key=lambda place: math.hypot(
-            math.log(size_of(place[0], count) / target[0]), math.log(place[0].tokens[place[1]] / target[1])
-        ),
-    )
+    near, probe = nearest_optimum(results, target, count)
     parabola = near.parabola(probe)
     assert parabola is not None
     std = parabola.log_rate_std if math.isfinite(parabola.log_rate_std) else 0.0

@@ -68,10 +68,22 @@ def page(runs: Sequence[RunRecord]) -> str:
     Args:
         runs: The run that it is about, then those that it is compared with.
     """
-    run, title = runs[0], " · ".join(run.name for run in runs)
+    run = runs[0]
+    sections = [*_chart_sections(runs), *_closing_sections(run)]
+    return document(" · ".join(run.name for run in runs), run.name, _headline(runs), sections)
+
+
+def document(title: str, heading: str, headline: str, sections: Sequence[tuple[str, str]]) -> str:
+    """A self-contained page with this module's style and tooltips.
+
+    Args:
+        title: Of the window.
+        heading: Above the links to the sections.
+        headline: HTML in front of the sections.
+        sections: Name and HTML of each.
+    """
     assets = files("lit_interns1.reports") / "assets"
     style, script = ((assets / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    sections = [*_chart_sections(runs), *_closing_sections(run)]
     links = "".join(f'<a href="#s{i}">{escape(name)}</a>' for i, (name, _) in enumerate(sections))
     body = "\n".join(f'<section id="s{i}"><h2>{escape(n)}</h2>{c}</section>' for i, (n, c) in enumerate(sections))
     return (
@@ -79,9 +91,21 @@ def page(runs: Sequence[RunRecord]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"<header><h1>{escape(run.name)}</h1><nav>{links}</nav></header>\n<main>\n{_headline(runs)}\n{body}\n</main>\n"
+        f"<header><h1>{escape(heading)}</h1><nav>{links}</nav></header>\n<main>\n{headline}\n{body}\n</main>\n"
         f'<div id="tip" hidden></div>\n<script>\n{script}</script>\n</body>\n</html>\n'
     )
+
+
+def chart_card(chart: str, lines: Sequence[Line], title: str, note: str = "", always_legend: bool = False) -> str:
+    """A titled card around a chart, with a legend where there are several lines; nothing without a chart."""
+    if not chart:
+        return ""
+    named = [line for line in lines if line.kind != "faint"]
+    legend = "".join(
+        f'<span><i class="swatch c{line.colour % COLOURS}"></i>{escape(line.name)}</span>' for line in named
+    )
+    legend = f'<p class="legend">{legend}</p>' if len(named) > 1 or always_legend else ""
+    return f'<div class="card"><h3>{escape(title)}<small>{escape(note)}</small></h3>{legend}{chart}</div>'
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -224,15 +248,8 @@ def _card(
             marks.setdefault(event.kind, []).append(event.place)
     axis = x_label or ("tokens" if all(run.counts_tokens for run in runs) else "steps")
     chart = line_chart(lines, f"{title} over {axis}", axis, references, marks)
-    if not chart:
-        return ""
-    named = [line for line in lines if line.kind != "faint"]
-    legend = "".join(
-        f'<span><i class="swatch c{line.colour % COLOURS}"></i>{escape(line.name)}</span>' for line in named
-    )
-    legend = f'<p class="legend">{legend}</p>' if len(named) > 1 or len(runs) > 1 else ""
     extra = " · ".join(part for part in (unit, note) if part)
-    return f'<div class="card"><h3>{escape(title)}<small>{escape(extra)}</small></h3>{legend}{chart}</div>'
+    return chart_card(chart, lines, title, extra, always_legend=len(runs) > 1)
 
 
 def _load_cards(run: RunRecord) -> list[str]:

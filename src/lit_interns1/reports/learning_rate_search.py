@@ -226,6 +226,26 @@ def joint_law(results: Sequence[RateSearchResult], count: SizeCount = "total") -
     return fit_rate_law(columns[:, 0], columns[:, 1], columns[:, 2])
 
 
+def nearest_optimum(
+    results: Sequence[RateSearchResult], target: tuple[float, float], count: SizeCount = "total"
+) -> tuple[RateSearchResult, int]:
+    """The search and the probe whose (N, D) is nearest to a target, in logarithms; bracketed ones go first.
+
+    Args:
+        results: Searches, at least one.
+        target: N and D.
+        count: What N counts.
+    """
+    places = [(result, probe) for result in results for probe in range(len(result.tokens))]
+    bracketed = [(result, probe) for result, probe in places if result.is_bracketed(probe)]
+    return min(
+        bracketed or places,
+        key=lambda place: math.hypot(
+            math.log(size_of(place[0], count) / target[0]), math.log(place[0].tokens[place[1]] / target[1])
+        ),
+    )
+
+
 def size_of(result: RateSearchResult, count: SizeCount) -> int:
     """N of a search."""
     return result.active_parameters if count == "active" else result.parameters
