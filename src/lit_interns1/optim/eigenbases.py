@@ -28,7 +28,8 @@ def refresh(means: Tensor, bases: Tensor, values: Tensor, chosen: Tensor, eps: f
         eps: ε.
     """
     traces = means.diagonal(dim1=-2, dim2=-1).sum(-1)
-    which = (chosen & (traces > torch.finfo(means.dtype).tiny)).nonzero().squeeze(-1)
+    empty = traces <= torch.finfo(means.dtype).tiny  # not so where a trace is no number
+    which = (chosen & ~empty).nonzero().squeeze(-1)
     if not len(which):
         return
     size = means.shape[-1]

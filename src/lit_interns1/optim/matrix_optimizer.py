@@ -96,7 +96,7 @@ class _Batch:
 
     def gradients(self) -> list[Tensor]:
         """(own rows, columns) of every entry; zeros where a parameter has no gradient."""
-        result = []
+        result: list[Tensor] = []
         for layout in self.layouts:
             gradient = layout.parameter.grad
             whole = torch.zeros_like(local(layout.parameter)) if gradient is None else local(gradient)
@@ -228,7 +228,7 @@ class MatrixOptimizer(Optimizer):
     # -- a step --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Ranks that share rows of a matrix must take it together.
 
         Nothing happens if no parameter has a gradient.
@@ -404,7 +404,7 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
 
 def _classified(params: Iterable[Any], elementwise_lr: float | None) -> list[dict[str, Any]]:
     """Groups that all say their kind."""
-    given = list(params)
+    given: list[Any] = list(params)
     groups: list[dict[str, Any]] = []
     for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
         members = list(group["params"])
@@ -412,12 +412,13 @@ def _classified(params: Iterable[Any], elementwise_lr: float | None) -> list[dic
             groups.append({**group, "params": members})
             continue
         for kind in ("matrix", "elementwise"):
-            chosen = [p for p in members if (p.ndim in (2, 3) and min(p.shape) > 1) == (kind == "matrix")]
+            chosen: list[Any] = [p for p in members if (p.ndim in (2, 3) and min(p.shape) > 1) == (kind == "matrix")]
             if chosen:
                 groups.append({**group, "params": chosen, "kind": kind})
-    for group in groups:
-        if group["kind"] == "elementwise" and elementwise_lr is not None:
-            group["lr"] = elementwise_lr
+    if elementwise_lr is not None:
+        for entry in groups:
+            if entry["kind"] == "elementwise":
+                entry["lr"] = elementwise_lr
     return groups
 
 

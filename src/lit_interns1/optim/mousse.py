@@ -147,8 +147,8 @@ class Mousse(MatrixOptimizer):
             mean.lerp_(outer, choose(live, 1 - self.beta, 0.0, mean.dtype))
             if due is not None:
                 bases, values = state[f"{name}_basis"], state[f"{name}_values"]
-                stacks = (x.view(-1, *x.shape[2:]) for x in (mean, bases, values))
-                refresh(*stacks, due, self.eps)
+                means, bases, values = (x.view(-1, *x.shape[2:]) for x in (mean, bases, values))
+                refresh(means, bases, values, due, self.eps)
             result = self._turned(state, name, result, into=True)
         return result
 

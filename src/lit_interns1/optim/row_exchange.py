@@ -100,8 +100,8 @@ class RowExchange:
     def finish_scatter(self, pending: Pending, rows: int, columns: int) -> list[Tensor]:
         """(own rows, columns) by matrix."""
         mine = divided(rows, self.ranks)[self.rank]
-        received = pending.wait().view(-1, mine, columns)
         order = [item for items in self.items for item in items]
+        received = pending.wait().view(len(order), mine, columns)
         parts: list[Tensor] = [received] * len(order)
         for place, item in enumerate(order):
             parts[item] = received[place]
