@@ -99,6 +99,8 @@ class BatchSizeScheduler(Callback):
         RuntimeError: Without a `TokenClock`.
     """
 
+    reads_gradients = True
+
     def __init__(
         self,
         schedule: BatchSchedule,

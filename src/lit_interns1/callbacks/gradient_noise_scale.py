@@ -40,6 +40,8 @@ class GradientNoiseScale(Callback):
         RuntimeError: Without a `TokenClock`.
     """
 
+    reads_gradients = True
+
     def __init__(self, every_n_steps: int = 10, decay: float = 0.95) -> None:
         if every_n_steps < 1:
             raise ValueError(f"GradientNoiseScale.every_n_steps must be at least 1, got {every_n_steps}")

@@ -26,6 +26,7 @@ from lit_interns1.callbacks.run_snapshot import RunSnapshot
 from lit_interns1.callbacks.token_clock import TokenClock
 from lit_interns1.callbacks.token_exact_loss import TokenExactLoss
 from lit_interns1.callbacks.token_learning_rate import TokenLearningRate
+from lit_interns1.optim import fused_optimizers
 from lit_interns1.training import SummedLoss, all_reduce_sum
 
 SHAPING_CALLBACKS: tuple[type[Callback], ...] = (
@@ -140,6 +141,11 @@ class TrialCallback(Callback):
 
     def _progress(self) -> int:
         return len(self.trial.tokens) if self.plan.unit == "steps" else self.trial.tokens[-1]
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Sets the rate of optimizers that update in backward."""
+        for optimizer in fused_optimizers(trainer.optimizers):
+            self.on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Sets the rate of the step, the step's own tokens included."""

@@ -56,6 +56,8 @@ class SkipBadSteps(Callback):
         RuntimeError: After too many skipped steps in a row, with their norms.
     """
 
+    reads_gradients = True
+
     def __init__(
         self,
         threshold: float | None = None,

@@ -123,6 +123,8 @@ class StabilityDiagnostics(Callback):
         ValueError: If an option is out of range, or the strategy hides parameters.
     """
 
+    reads_gradients = True
+
     def __init__(
         self,
         every_n_steps: int = 100,

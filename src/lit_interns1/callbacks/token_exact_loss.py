@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lit_interns1.callbacks.token_clock import data_parallel_size
+from lit_interns1.optim import fused_optimizers
 from lit_interns1.training import LossWindow, all_reduce_sum
 
 
@@ -59,16 +61,26 @@ class TokenExactLoss(Callback):
 
         strategy.training_step, strategy.optimizer_step = training_step, step
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Tells optimizers that update in backward by what they have to scale gradients."""
+        fused = fused_optimizers(trainer.optimizers)
+        if fused and self.uses_sums:
+            factor = self._factor(trainer, pl_module)
+            for optimizer in fused:
+                optimizer.gradient_factor = factor
+
     def _scale(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Scales the gradients of the step, after backward and before anybody looks at them."""
-        if not self.uses_sums:
-            return
+        if self.uses_sums and not fused_optimizers([optimizer]):
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            LossWindow.scale(gradients, self._factor(trainer, pl_module))
+
+    def _factor(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
         ranks = data_parallel_size(trainer)
         count = self._window.local_count(pl_module.device)
         if ranks > 1:
             count = all_reduce_sum(count)
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        LossWindow.scale(gradients, LossWindow.gradient_factor(count, averaged_over=ranks))
+        return LossWindow.gradient_factor(count, averaged_over=ranks)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Steps aside."""

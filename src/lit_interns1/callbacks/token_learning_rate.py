@@ -6,9 +6,10 @@ import math
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lit_interns1.callbacks.token_clock import TokenClock, logs_now
-from lit_interns1.optim import TokenSchedule
+from lit_interns1.optim import TokenSchedule, fused_optimizers
 
 
 class TokenLearningRate(Callback):
@@ -29,14 +30,22 @@ class TokenLearningRate(Callback):
     def __init__(self, schedule: TokenSchedule) -> None:
         self.schedule = schedule
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Sets the rate of optimizers that update in backward."""
+        for optimizer in fused_optimizers(trainer.optimizers):
+            self._set_rate(trainer, optimizer)
+
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Sets the rate."""
+        self._set_rate(trainer, optimizer)
+        if logs_now(trainer):
+            pl_module.log("optim/lr", optimizer.param_groups[0]["lr"])
+
+    def _set_rate(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         factor = self.schedule(TokenClock.of(trainer).commit(trainer).tokens)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         factor *= math.prod(getattr(callback, "learning_rate_factor", 1.0) for callback in callbacks)
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-        if logs_now(trainer):
-            pl_module.log("optim/lr", optimizer.param_groups[0]["lr"])

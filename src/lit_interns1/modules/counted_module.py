@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_interns1.callbacks import TokenClock, TokenExactLoss, TokenLearningRate
+from lit_interns1.callbacks import FusedBackward, TokenClock, TokenExactLoss, TokenLearningRate
 from lit_interns1.optim import TokenSchedule, build_optimizer
 
 
@@ -62,9 +62,9 @@ class CountedModule(LightningModule):
         return build_optimizer(self.make_optimizer, self.model, decay_embeddings=self.decay_embeddings)
 
     def wanted_callbacks(self) -> list[Callback]:
-        """Callbacks that training needs: the clock, exact losses and the schedule."""
+        """Callbacks that training needs: the clock, exact losses, the schedule, and checks of the optimizer."""
         schedule = [] if self.schedule is None else [TokenLearningRate(self.schedule)]
-        return [TokenClock(), TokenExactLoss(), *schedule]
+        return [TokenClock(), TokenExactLoss(), *schedule, FusedBackward()]
 
     def configure_callbacks(self) -> list[Callback]:
         """Those of `wanted_callbacks` that the Trainer has none of."""

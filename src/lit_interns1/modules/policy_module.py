@@ -340,6 +340,11 @@ class PolicyModule(LanguageModelModule):
         metrics |= more_metrics
         return SummedLoss(loss.sum + more.sum, loss.count)
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether gradients must exist between backward and step: those of a frozen policy are taken away."""
+        return self.policy_freeze_steps > 0
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Keeps the policy where only the networks beside it learn, and logs."""
         if self.trainer.global_step < self.policy_freeze_steps:

@@ -9,6 +9,8 @@ from lit_interns1.optim.batch_schedules import (
     TabulatedBatch,
 )
 from lit_interns1.optim.building import build_optimizer
+from lit_interns1.optim.fused_backward import FusedBackwardOptimizer, fused_optimizers
+from lit_interns1.optim.lomo import LOMO, AdaLomo
 from lit_interns1.optim.matrix_groups import matrix_groups
 from lit_interns1.optim.matrix_optimizer import MatrixOptimizer
 from lit_interns1.optim.mousse import Mousse
@@ -18,7 +20,7 @@ from lit_interns1.optim.parameter_groups import weight_decay_groups
 from lit_interns1.optim.schedules import TokenSchedule, WarmupStableDecay
 
 __all__ = [
-    "BatchForLoss", "BatchSchedule", "DoublingBatch", "FittedBatch", "LinearBatch", "MatrixOptimizer", "Mousse", "Muon",
-    "TabulatedBatch", "TokenSchedule", "WarmupStableDecay", "build_optimizer", "matrix_groups", "newton_schulz",
-    "polar_factor", "weight_decay_groups",
+    "AdaLomo", "BatchForLoss", "BatchSchedule", "DoublingBatch", "FittedBatch", "FusedBackwardOptimizer", "LOMO",
+    "LinearBatch", "MatrixOptimizer", "Mousse", "Muon", "TabulatedBatch", "TokenSchedule", "WarmupStableDecay",
+    "build_optimizer", "fused_optimizers", "matrix_groups", "newton_schulz", "polar_factor", "weight_decay_groups",
 ]  # fmt: skip

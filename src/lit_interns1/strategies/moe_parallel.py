@@ -46,6 +46,7 @@ from lit_interns1.checkpoints import (
 from lit_interns1.checkpoints.whole import load_whole_optimizer, load_whole_weights
 from lit_interns1.nn.initialization import materialize
 from lit_interns1.nn.parallel_plan import HasParallelPlan, ParallelPlan, default_plan
+from lit_interns1.optim import fused_optimizers
 from lit_interns1.strategies import gradients
 from lit_interns1.strategies.equal_steps import equal_steps
 from lit_interns1.strategies.parallel_dims import Meshes, ParallelDims
@@ -243,14 +244,23 @@ class MoEParallelStrategy(ModelParallelStrategy):
 
         return super().optimizer_step(optimizer, scaled, model, **kwargs)
 
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Tells optimizers that update in backward what `scale_gradients` would do afterwards."""
+        if fused := fused_optimizers(self.optimizers):
+            factor = self._gradient_factor()
+            for optimizer in fused:
+                optimizer.gradient_factor = factor
+
     def scale_gradients(self, optimizer: Optimizer) -> None:
         """Makes sums of gradients means: over the counts of all ranks and micro-batches, or over ranks."""
-        if self._uses_sums:
-            count = all_reduce_sum(self._window.local_count(self.root_device))
-            factor = LossWindow.gradient_factor(count, averaged_over=1)
-        else:
-            factor = torch.tensor(1.0 / self.dims.world_size, device=self.root_device)
-        gradients.scale(_gradients(optimizer), factor)
+        if not fused_optimizers([optimizer]):
+            gradients.scale(_gradients(optimizer), self._gradient_factor())
+
+    def _gradient_factor(self) -> Tensor:
+        if not self._uses_sums:
+            return torch.tensor(1.0 / self.dims.world_size, device=self.root_device)
+        count = all_reduce_sum(self._window.local_count(self.root_device))
+        return LossWindow.gradient_factor(count, averaged_over=1)
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float | int) -> None:
         given = _gradients(optimizer)

@@ -1,0 +1,60 @@
+"""What may not be asked of an optimizer that updates in backward: anything that needs all gradients at once.
+
+backward: θ_1 ← …, θ_2 ← …, …, θ_n ← …        each gradient is gone before the next one comes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
+
+from lit_interns1.optim import fused_optimizers
+
+
+class FusedBackward(Callback):
+    """Refuses, before the first step, what LOMO, AdaLomo and their like cannot do; leaves other optimizers alone.
+
+    Modules of the kit bring it; add it to the callbacks for modules of your own. A callback or module that looks at
+    gradients between backward and step says so with an attribute `reads_gradients`.
+
+    Raises:
+        ValueError: With accumulation, `gradient_clip_val`, a loss scaler, a strategy that does not hand over summed
+            gradients, or a callback that reads them.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at the trainer, once it has its optimizers."""
+        for optimizer in fused_optimizers(trainer.optimizers):
+            for problem in _problems(trainer, pl_module):
+                raise ValueError(f"{type(optimizer).__name__} updates in backward: {problem}")
+
+
+def _problems(trainer: Trainer, module: LightningModule) -> Iterator[str]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    accumulation = trainer.accumulate_grad_batches
+    if accumulation != 1 or any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        yield (
+            f"Trainer.accumulate_grad_batches = {accumulation} must be 1, without a GradientAccumulationScheduler: "
+            "there are no gradients to add to; use larger micro-batches or more ranks"
+        )
+    if trainer.gradient_clip_val is not None:
+        yield (
+            f"Trainer.gradient_clip_val = {trainer.gradient_clip_val} must be null: a norm over all gradients would "
+            "take a second backward; LOMO has clip_value, AdaLomo limits the size of every update by itself"
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        yield (
+            f"Trainer.precision = {trainer.precision!r} scales the loss, and steps that overflow could not be left "
+            'out; use "bf16-mixed" or "32-true"'
+        )
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, ModelParallelStrategy)):
+        yield (
+            f"Trainer.strategy = {type(trainer.strategy).__name__} sums gradients over ranks later, or in pieces; use "
+            "MoEParallelStrategy, ModelParallelStrategy, or one device"
+        )
+    for part in (module, *callbacks):
+        if getattr(part, "reads_gradients", False):
+            yield f"{type(part).__name__} needs the gradients between backward and step; leave it out"
