@@ -1,12 +1,14 @@
-"""What commands of our own share: options that may be given several times, errors of one line, files that are new."""
+"""What commands of our own share: repeated options, errors of one line, files that are new, JSON."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def appending(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -46,3 +48,12 @@ def write_new(path: Path, text: str) -> None:
     if path.exists():
         raise ValueError(f"{path} exists by now: what was to be written is in {temporary}")
     os.replace(temporary, path)
+
+
+def without_nan(value: Any) -> Any:
+    """A value as JSON can hold it: None for numbers that are not finite, inside dictionaries and lists, too."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

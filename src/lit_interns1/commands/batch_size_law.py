@@ -12,9 +12,11 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lit_interns1.commands.arguments import without_nan
 
 if TYPE_CHECKING:
     from lit_interns1.laws import BatchSizeTable
@@ -104,8 +106,7 @@ def check_settings(paths: Sequence[str | Path]) -> None:
         run = RunDirectory(path)
         if not run.config_file.is_file():
             continue
-        config = run.config()
-        settings = dict(_leaves({key: config.get(key) for key in ("model", "data")}))
+        settings = run.settings()
         name, expected = first = first or (Path(path).name, settings)
         for key in sorted(settings.keys() | expected.keys()):
             if key.split(".")[-1] not in _MAY_DIFFER and settings.get(key) != expected.get(key):
@@ -113,14 +114,6 @@ def check_settings(paths: Sequence[str | Path]) -> None:
                     f"the runs differ in more than their batch size: {key} is {expected.get(key)!r} in {name} and "
                     f"{settings.get(key)!r} in {Path(path).name}"
                 )
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            yield from _leaves(entry, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
 
 
 def artefact_of(table: BatchSizeTable, runs: Sequence[ConstantBatchRun], metric: str) -> dict[str, Any]:
@@ -161,15 +154,6 @@ def _interval(ends: tuple[float, float]) -> str:
     return f" [{ends[0]:,.0f}, {ends[1]:,.0f}]" if all(map(math.isfinite, ends)) else ""
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: None."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def fit_law(
     runs: Sequence[str | Path],
     out: str | Path = "batch-size-law",
@@ -206,7 +190,8 @@ def fit_law(
     artefact = artefact_of(table, found, metric)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "law.json").write_text(json.dumps(_plain(artefact), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(without_nan(artefact), indent=2, allow_nan=False)
+    (folder / "law.json").write_text(text + "\n", encoding="utf-8")
     lines = table_lines(table)
     law = artefact["law"]
     lines += [

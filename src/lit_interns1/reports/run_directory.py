@@ -10,6 +10,7 @@ import csv
 import os
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,6 +115,15 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.config_file} holds no mapping")
         return {str(key): value for key, value in config.items()}
 
+    def settings(self) -> dict[str, Any]:
+        """Model and data of the configuration by dotted name: what runs must share to be compared; lists as they are.
+
+        Raises:
+            RunDirectoryError: As `config`.
+        """
+        config = self.config()
+        return dict(_leaves({key: config.get(key) for key in ("model", "data")}))
+
     def metrics(self) -> dict[str, MetricSeries]:
         """Every metric of the run by its key.
 
@@ -179,6 +189,14 @@ class RunDirectory:
         if not (np.isfinite(load).all() and load.min() >= 0 and np.allclose(load.sum(-1), 1, atol=1e-3)):
             raise RunDirectoryError(f"{file}: the loads of a layer are not shares that sum to 1")
         return ExpertLoad(tokens, load)
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _leaves(entry, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
 
 
 def _natural_order(relative: Path) -> tuple[Any, ...]:
