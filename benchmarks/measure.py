@@ -30,14 +30,16 @@ ALLOCATORS: dict[str, dict[str, str]] = {
 
 
 def interleaved_times(
-    candidates: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1
-) -> dict[str, list[float]]:
+    candidates: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:  # fmt: skip
     """Runs all candidates in turn, `warmup` + `repeats` times.
 
     Args:
         candidates: Functions without arguments, by name.
         repeats: Timed rounds.
         warmup: Rounds that are thrown away.
+        clock: Seconds; `time.process_time` for CPU time.
 
     Returns:
         Seconds of every timed call, by name.
@@ -45,9 +47,9 @@ def interleaved_times(
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + repeats):
         for name, candidate in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             candidate()
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             if turn >= warmup:
                 times[name].append(elapsed)
     return times
