@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from lit_interns1.callbacks import BatchSizeScheduler, FusedBackward, GradientNoiseScale, SkipBadSteps, TokenClock
+from lit_interns1.callbacks import BatchSizeScheduler, GradientNoiseScale, OptimizerChecks, SkipBadSteps, TokenClock
 from lit_interns1.callbacks.stability import StabilityDiagnostics
 from lit_interns1.models import LanguageModelConfig, MoEConfig
 from lit_interns1.modules import LanguageModelModule
@@ -317,7 +317,7 @@ def test_a_module_that_returns_a_mean_trains_as_with_gradient_descent():
     for module in modules:
         trainer = L.Trainer(
             accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[FusedBackward()],
+            enable_model_summary=False, callbacks=[OptimizerChecks()],
         )  # fmt: skip
         trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
     assert_same(*modules, **EXACT)

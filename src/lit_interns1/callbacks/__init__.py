@@ -5,9 +5,9 @@ from lit_interns1.callbacks.capability_salience import CapabilitySalienceValidat
 from lit_interns1.callbacks.console_progress import ConsoleProgress
 from lit_interns1.callbacks.expert_bias import ExpertBiasUpdate
 from lit_interns1.callbacks.export_weights import ExportWeights
-from lit_interns1.callbacks.fused_backward import FusedBackward
 from lit_interns1.callbacks.gradient_noise_scale import GradientNoiseScale
 from lit_interns1.callbacks.learning_rate_search import LearningRateSearch
+from lit_interns1.callbacks.optimizer_checks import OptimizerChecks
 from lit_interns1.callbacks.rollout_table import RolloutTable
 from lit_interns1.callbacks.router_alerts import RouterAlerts
 from lit_interns1.callbacks.router_load_monitor import RouterLoadMonitor
@@ -25,9 +25,9 @@ __all__ = [
     "ConsoleProgress",
     "ExpertBiasUpdate",
     "ExportWeights",
-    "FusedBackward",
     "GradientNoiseScale",
     "LearningRateSearch",
+    "OptimizerChecks",
     "RolloutTable",
     "RouterAlerts",
     "RouterLoadMonitor",

@@ -26,7 +26,7 @@ from lit_interns1.callbacks.run_snapshot import RunSnapshot
 from lit_interns1.callbacks.token_clock import TokenClock
 from lit_interns1.callbacks.token_exact_loss import TokenExactLoss
 from lit_interns1.callbacks.token_learning_rate import TokenLearningRate
-from lit_interns1.optim import fused_optimizers
+from lit_interns1.optim import fused_optimizers, set_rate
 from lit_interns1.training import SummedLoss, all_reduce_sum
 
 SHAPING_CALLBACKS: tuple[type[Callback], ...] = (
@@ -55,7 +55,7 @@ class GroupRates:
     def hold(self, optimizer: Optimizer, rate: float) -> None:
         """Sets the present rates to those that belong to the base rate `rate`, whatever a schedule says."""
         for group in optimizer.param_groups:
-            group["lr"] = self._initial[id(group)] * rate / self.base
+            set_rate(group, self._initial[id(group)] * rate / self.base)
 
     def rescale(self, trainer: Trainer, rate: float) -> None:
         """Scales present and initial rates, and what schedulers start from, from the base rate to `rate`."""

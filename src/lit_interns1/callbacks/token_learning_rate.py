@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_interns1.callbacks.token_clock import TokenClock, logs_now
-from lit_interns1.optim import TokenSchedule, fused_optimizers
+from lit_interns1.optim import TokenSchedule, fused_optimizers, set_rate
 
 
 class TokenLearningRate(Callback):
@@ -48,4 +48,4 @@ class TokenLearningRate(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         factor *= math.prod(getattr(callback, "learning_rate_factor", 1.0) for callback in callbacks)
         for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+            set_rate(group, group.setdefault("initial_lr", float(group["lr"])) * factor)

@@ -65,17 +65,17 @@ def load_whole_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     keys = [key for group in state["param_groups"] for key in group["params"]]
 
-    def divided(value: Any, parameter: Tensor) -> Any:
-        if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+    def divided(value: Any, name: str, parameter: Tensor) -> Any:
+        like = optimizer.state[parameter].get(name, parameter) if parameter in optimizer.state else parameter
+        if not isinstance(value, Tensor) or not isinstance(like, DTensor) or value.shape != like.shape:
             return value
-        part = local_part(value, parameter).clone().to(parameter.device)
+        part = local_part(value, like).clone().to(like.device)
         return DTensor.from_local(
-            part, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
-            stride=parameter.stride(),
-        )  # fmt: skip
+            part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
 
     entries = {
-        number: {name: divided(value, parameter) for name, value in state["state"][key].items()}
+        number: {name: divided(value, name, parameter) for name, value in state["state"][key].items()}
         for number, (key, parameter) in enumerate(zip(keys, parameters, strict=True))
         if key in state["state"]
     }

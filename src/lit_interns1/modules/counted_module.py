@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_interns1.callbacks import FusedBackward, TokenClock, TokenExactLoss, TokenLearningRate
+from lit_interns1.callbacks import OptimizerChecks, TokenClock, TokenExactLoss, TokenLearningRate
 from lit_interns1.optim import TokenSchedule, build_optimizer
 
 
@@ -64,7 +64,7 @@ class CountedModule(LightningModule):
     def wanted_callbacks(self) -> list[Callback]:
         """Callbacks that training needs: the clock, exact losses, the schedule, and checks of the optimizer."""
         schedule = [] if self.schedule is None else [TokenLearningRate(self.schedule)]
-        return [TokenClock(), TokenExactLoss(), *schedule, FusedBackward()]
+        return [TokenClock(), TokenExactLoss(), *schedule, OptimizerChecks()]
 
     def configure_callbacks(self) -> list[Callback]:
         """Those of `wanted_callbacks` that the Trainer has none of."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def weight_decay_groups(model: nn.Module, decay_embeddings: bool = True) -> list[dict[str, Any]]:
@@ -31,3 +31,11 @@ def weight_decay_groups(model: nn.Module, decay_embeddings: bool = True) -> list
     if free:
         groups.append({"params": free, "weight_decay": 0.0})
     return groups
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Sets the rate of a parameter group; one that is a tensor (torchao's optimizers need it so) stays that tensor."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate

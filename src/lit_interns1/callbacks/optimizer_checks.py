@@ -1,6 +1,8 @@
-"""What may not be asked of an optimizer that updates in backward: anything that needs all gradients at once.
+"""What may not be asked of some optimizers.
 
-backward: θ_1 ← …, θ_2 ← …, …, θ_n ← …        each gradient is gone before the next one comes
+Those that update in backward cannot do anything that needs all gradients at once:
+    backward: θ_1 ← …, θ_2 ← …, …, θ_n ← …        each gradient is gone before the next one comes
+Others need what the loop of Lightning does not give them.
 """
 
 from __future__ import annotations
@@ -13,20 +15,36 @@ from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStra
 
 from lit_interns1.optim import fused_optimizers
 
+_SECOND_DERIVATIVES = (
+    "needs second derivatives (backward with create_graph=True), which neither FSDP2 nor the kit's kernels have"
+)
+UNUSABLE: dict[str, str] = {
+    "SophiaH": _SECOND_DERIVATIVES,
+    "AdaHessian": _SECOND_DERIVATIVES,
+    "CPUOffloadOptimizer": "copies gradients away while backward runs, before they are scaled by the count of the step "
+    "and clipped; for less memory on the device use torchao.optim.AdamW8bit, or AdaLomo",
+}
+"""Why optimizers of other packages cannot be used, by the name of their class."""
 
-class FusedBackward(Callback):
-    """Refuses, before the first step, what LOMO, AdaLomo and their like cannot do; leaves other optimizers alone.
+
+class OptimizerChecks(Callback):
+    """Refuses, before the first step, optimizers that would train wrongly here; leaves others alone.
 
     Modules of the kit bring it; add it to the callbacks for modules of your own. A callback or module that looks at
     gradients between backward and step says so with an attribute `reads_gradients`.
 
     Raises:
-        ValueError: With accumulation, `gradient_clip_val`, a loss scaler, a strategy that does not hand over summed
-            gradients, or a callback that reads them.
+        ValueError: For an optimizer in `UNUSABLE`, unless the module has a `backward` of its own; and for one that
+            updates in backward, with accumulation, `gradient_clip_val`, a loss scaler, a strategy that does not hand
+            over summed gradients, or a callback that reads them.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at the trainer, once it has its optimizers."""
+        for optimizer in trainer.optimizers:
+            name = type(optimizer).__name__
+            if name in UNUSABLE and type(pl_module).backward is LightningModule.backward:
+                raise ValueError(f"optimizer {name} {UNUSABLE[name]}")
         for optimizer in fused_optimizers(trainer.optimizers):
             for problem in _problems(trainer, pl_module):
                 raise ValueError(f"{type(optimizer).__name__} updates in backward: {problem}")
