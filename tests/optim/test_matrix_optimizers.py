@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lit_interns1.optim import Mousse, Muon, matrix_groups, newton_schulz, polar_factor
+from lit_interns1.optim.orthogonalization import factor_from_gram
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mousse"
 CONFIG = json.loads((GOLDEN / "config.json").read_text())
@@ -94,6 +95,14 @@ def test_newton_schulz_maps_singular_values(coefficients, values):
     mapped = q1.T @ newton_schulz(q1 @ matrices @ q2.T, coefficients) @ q2
     expected = torch.tensor(values, dtype=DOUBLE)[: len(given)]
     torch.testing.assert_close(mapped[:, 0, 0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("coefficients", ["quintic", "dion", "polar_express", None])
+def test_the_factor_from_a_gram_matrix_is_that_of_the_iteration(coefficients):
+    tall = matrix(2, 9, 5) * torch.logspace(0, -3, 5, dtype=DOUBLE)
+    want = polar_factor(tall) if coefficients is None else newton_schulz(tall, coefficients)
+    torch.testing.assert_close(tall @ factor_from_gram(tall.mT @ tall, coefficients), want, rtol=1e-7, atol=1e-9)
+    assert factor_from_gram(torch.zeros(3, 3, dtype=DOUBLE), coefficients).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4), (3, 5, 8)])

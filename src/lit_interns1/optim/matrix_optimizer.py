@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
 from lit_interns1.optim import elementwise
 from lit_interns1.optim.elementwise import BETAS, ElementwiseName, local
+from lit_interns1.optim.matrix_layout import Layout, first_entry, ranks_that_share_rows
 from lit_interns1.optim.orthogonalization import CoefficientSet, check_coefficients, newton_schulz, polar_factor
 from lit_interns1.optim.row_exchange import Pending, RowExchange, balanced_owners
 from lit_interns1.training import total_norm
@@ -42,57 +40,16 @@ _IN_FLIGHT = 2  # shapes whose gradients travel while another one is computed, a
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How one parameter is cut into matrices on this rank.
-
-    Attributes:
-        parameter: It.
-        blocks: Blocks of rows, each a matrix.
-        rows: Of one block.
-        columns: Of it.
-        stack: Matrices in front that this rank holds, or holds rows of: experts, or 1.
-        group: The ranks over which rows are divided; None where matrices are whole.
-        owners: The rank within the group that owns each entry of the stack.
-        first: A number of the first matrix that no other parameter's matrices have, the same for any division.
-    """
-
-    parameter: Tensor
-    blocks: int
-    rows: int
-    columns: int
-    stack: int
-    group: dist.ProcessGroup | None
-    owners: tuple[int, ...]
-    first: int
-
-    @property
-    def owned(self) -> int:
-        """Entries of the stack whose state is on this rank."""
-        return self.stack if self.group is None else self.owners.count(dist.get_rank(self.group))
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(owned, blocks, rows, columns)"""
-        return (self.owned, self.blocks, self.rows, self.columns)
-
-    @property
-    def numbers(self) -> list[int]:
-        """Of the owned entries."""
-        mine = dist.get_rank(self.group) if self.group is not None else None
-        return [self.first + e for e in range(self.stack) if mine is None or self.owners[e] == mine]
-
-    def parts(self, tensor: Tensor) -> Tensor:
-        """(stack, own rows, columns) of the parameter, its gradient or its update: a view of the local tensor."""
-        own = local(tensor)
-        return own.view(self.stack, own.shape[-2], self.columns)
-
-
-@dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Parameters of one shape, divided over the same ranks."""
 
     layouts: list[Layout]
     exchange: RowExchange | None
+
+    @property
+    def shared(self) -> bool:
+        """Whether nobody owns these matrices."""
+        return self.layouts[0].shared
 
     def gradients(self) -> list[Tensor]:
         """(own rows, columns) of every entry; zeros where a parameter has no gradient."""
@@ -180,9 +137,25 @@ class MatrixOptimizer(Optimizer):
         """The update before the factor for the shape; (owned, blocks, rows, columns)."""
         return orthogonal
 
+    def shares(self, rows: int, columns: int) -> bool:
+        """Whether matrices of this shape whose rows are divided get no owner, but go by `start_shared`."""
+        return False
+
+    def start_shared(self, batch: Batch) -> Pending:
+        """Begins the step of a batch of such matrices: what has to be known of all rows."""
+        raise NotImplementedError
+
+    def finish_shared(self, batch: Batch, pending: Pending, step: int) -> list[Tensor]:
+        """(own rows, columns) updates of every entry, with the factor for the shape."""
+        raise NotImplementedError
+
     def cost(self, rows: int, columns: int) -> float:
         """Arithmetic of one matrix, in any unit: owners are chosen by it."""
         return 15.0 * rows * columns * min(rows, columns)
+
+    def shape_factor(self, rows: int, columns: int) -> float:
+        """By `adjust_lr`."""
+        return _ADJUSTMENTS[self.adjust_lr](rows, columns)
 
     # -- how parameters are divided ------------------------------------------------------------------------------------
 
@@ -200,30 +173,32 @@ class MatrixOptimizer(Optimizer):
                         f"a matrix parameter has two dimensions, or three for a stack, and rows that divide into "
                         f"{blocks} blocks, got shape {tuple(parameter.shape)}"
                     )
-                ranks = _ranks_that_share_rows(parameter)
+                ranks = ranks_that_share_rows(parameter)
+                rows, columns = parameter.shape[-2:]
                 stack = local(parameter).shape[0] if parameter.ndim == 3 else 1
-                found.append((parameter, blocks, stack, ranks))
-                cost = blocks * self.cost(parameter.shape[-2] // blocks, parameter.shape[-1])
-                costs[ranks] += [cost] * stack
+                shared = ranks is not None and blocks == 1 and self.shares(rows, columns)
+                found.append((parameter, blocks, stack, ranks, shared))
+                costs[ranks] += [] if shared else [blocks * self.cost(rows // blocks, columns)] * stack
         owners = {ranks: iter(balanced_owners(c, ranks.size())) for ranks, c in costs.items() if ranks is not None}
         layouts, number = {}, 0
-        for parameter, blocks, stack, ranks in found:
-            mine = tuple(next(owners[ranks]) for _ in range(stack)) if ranks is not None else ()
+        for parameter, blocks, stack, ranks, shared in found:
+            mine = () if ranks is None or shared else tuple(next(owners[ranks]) for _ in range(stack))
             layouts[parameter] = Layout(
                 parameter, blocks, parameter.shape[-2] // blocks, parameter.shape[-1], stack, ranks, mine,
-                number + _first_entry(parameter),
+                number + first_entry(parameter), shared,
             )  # fmt: skip
             number += parameter.shape[0] if parameter.ndim == 3 else 1
         return layouts
 
-    def _form_batches(self) -> list[_Batch]:
+    def _form_batches(self) -> list[Batch]:
         members: dict[Any, list[Layout]] = defaultdict(list)
         for layout in self._layouts.values():
-            members[layout.group, layout.blocks, layout.rows, layout.columns].append(layout)
-        return [
-            _Batch(layouts, None if key[0] is None else RowExchange(key[0], [o for x in layouts for o in x.owners]))
-            for key, layouts in members.items()
-        ]  # fmt: skip
+            members[layout.group, layout.shared, layout.blocks, layout.rows, layout.columns].append(layout)
+        batches = []
+        for (ranks, shared, *_), layouts in members.items():
+            owners = [owner for layout in layouts for owner in layout.owners]
+            batches.append(Batch(layouts, None if ranks is None or shared else RowExchange(ranks, owners)))
+        return batches
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -254,17 +229,21 @@ class MatrixOptimizer(Optimizer):
         arriving: list[Pending] = []
         leaving: list[Pending] = []
 
-        def send(batch: _Batch) -> None:
+        def send(batch: Batch) -> None:
             assert batch.exchange is not None
             first = batch.layouts[0]
             arriving.append(batch.exchange.start_gather(batch.gradients(), first.blocks * first.rows))
 
+        sums = [(batch, self.start_shared(batch)) for batch in self._batches if batch.shared]
         for batch in away[:_IN_FLIGHT]:
             send(batch)
         for batch in self._batches:  # what is whole here is computed while the first gradients travel
-            if batch.exchange is None:
+            if batch.exchange is None and not batch.shared:
                 updates = self._updates(batch, torch.stack(batch.gradients()), groups)
                 self._apply(batch, list(updates), groups)
+        for batch, pending in sums:
+            step = groups[id(batch.layouts[0].parameter)]["steps"]
+            self._apply(batch, self.finish_shared(batch, pending, step), groups)
         for place, batch in enumerate(away):
             assert batch.exchange is not None
             first = batch.layouts[0]
@@ -278,12 +257,12 @@ class MatrixOptimizer(Optimizer):
         if away:
             self._receive(away[-1], leaving[-1], groups)
 
-    def _receive(self, batch: _Batch, pending: Pending, groups: dict[int, dict[str, Any]]) -> None:
+    def _receive(self, batch: Batch, pending: Pending, groups: dict[int, dict[str, Any]]) -> None:
         assert batch.exchange is not None
         first = batch.layouts[0]
         self._apply(batch, batch.exchange.finish_scatter(pending, first.blocks * first.rows, first.columns), groups)
 
-    def _updates(self, batch: _Batch, gradients: Tensor, groups: dict[int, dict[str, Any]]) -> Tensor:
+    def _updates(self, batch: Batch, gradients: Tensor, groups: dict[int, dict[str, Any]]) -> Tensor:
         """(owned entries of all layouts, rows of all blocks, columns), with the factor for the shape.
 
         A matrix without any gradient, such as that of an expert without tokens, does not move, and its state neither.
@@ -301,7 +280,7 @@ class MatrixOptimizer(Optimizer):
             self.finish(layout, self.state[layout.parameter], part)
             for layout, part in zip(batch.layouts, orthogonal, strict=True)
         ])  # fmt: skip
-        finished.mul_(choose(live, _ADJUSTMENTS[self.adjust_lr](first.rows, first.columns), 0.0, finished.dtype))
+        finished.mul_(choose(live, self.shape_factor(first.rows, first.columns), 0.0, finished.dtype))
         return finished.to(gradients.dtype).view(gradients.shape)
 
     def _orthogonalize(self, matrices: Tensor) -> Tensor:
@@ -313,14 +292,14 @@ class MatrixOptimizer(Optimizer):
         parts = [newton_schulz(part, self.coefficients, dtype) for part in flat.split(together)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(matrices.shape)
 
-    def _apply(self, batch: _Batch, updates: Sequence[Tensor], groups: dict[int, dict[str, Any]]) -> None:
+    def _apply(self, batch: Batch, updates: Sequence[Tensor], groups: dict[int, dict[str, Any]]) -> None:
         remaining = iter(updates)
         for layout in batch.layouts:
             group = groups[id(layout.parameter)]
             mine = [next(remaining) for _ in range(layout.stack)]
             if layout.parameter.grad is None:
                 continue
-            weights = layout.parts(layout.parameter.detach())
+            weights = layout.weights()
             weights.mul_(1 - group["lr"] * group["weight_decay"])
             for weight, update in zip(weights, mine, strict=True):
                 weight.add_(update, alpha=-group["lr"])
@@ -352,7 +331,7 @@ class MatrixOptimizer(Optimizer):
         for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
             if layout := self._layouts.get(parameter):
                 own = self.state[parameter]
-                result["state"][number] = {name: _by_rows(layout, own[name]) for name in sorted(own)}
+                result["state"][number] = {name: layout.to_rows(own[name], name == "momentum") for name in sorted(own)}
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -385,7 +364,7 @@ class MatrixOptimizer(Optimizer):
         for parameter, tensors in own.items():
             self.state[parameter] = tensors
             for name in sorted(tensors):
-                _take_rows(self._layouts[parameter], tensors[name], given[parameter][name])
+                self._layouts[parameter].take_rows(tensors[name], given[parameter][name], name == "momentum")
 
 
 def choose(condition: Tensor, value: float, other: float, dtype: torch.dtype) -> Tensor:
@@ -420,70 +399,3 @@ def _classified(params: Iterable[Any], elementwise_lr: float | None) -> list[dic
             if entry["kind"] == "elementwise":
                 entry["lr"] = elementwise_lr
     return groups
-
-
-def _ranks_that_share_rows(parameter: Tensor) -> dist.ProcessGroup | None:
-    if not isinstance(parameter, DTensor):
-        return None
-    found = None
-    for axis, placement in enumerate(parameter.placements):
-        if placement.is_partial():
-            raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is a sum over ranks: {placement}")
-        dimension = getattr(placement, "dim", None)  # of Shard, and of the kind that FSDP2 uses over another Shard
-        if dimension is None or parameter.device_mesh.size(axis) == 1 or dimension < parameter.ndim - 2:
-            continue
-        if dimension == parameter.ndim - 1 or found is not None:
-            raise ValueError(
-                f"a matrix parameter may be divided over ranks by rows, along one axis of the mesh, got "
-                f"{parameter.placements} for shape {tuple(parameter.shape)}"
-            )
-        found = parameter.device_mesh.get_group(axis)
-    return found
-
-
-def _first_entry(parameter: Tensor) -> int:
-    """Which entry of a stack is the first on this rank."""
-    if not isinstance(parameter, DTensor) or parameter.ndim == 2:
-        return 0
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return offset[0]
-
-
-def _by_rows(layout: Layout, tensor: Tensor) -> Tensor:
-    """A tensor of state (owned, blocks, rows, ...) divided as the parameter is: (stack, blocks · rows, ...)."""
-    parameter, rows = layout.parameter, tensor.shape[1] * tensor.shape[2]
-    flat = tensor.reshape(layout.owned, rows, tensor[0, 0, 0].numel() if layout.owned else _numel(tensor.shape[3:]))
-    if layout.group is not None:
-        flat = torch.stack(RowExchange(layout.group, layout.owners).scatter(flat))
-    part = flat.reshape(flat.shape[:2] + tensor.shape[3:]).clone()
-    if parameter.ndim == 2:
-        part = part[0]
-    if not isinstance(parameter, DTensor):
-        return part
-    whole = torch.Size([*parameter.shape[:-2], rows, *tensor.shape[3:]])
-    return DTensor.from_local(
-        part, parameter.device_mesh, parameter.placements, run_check=False, shape=whole,
-        stride=torch.empty(whole, device="meta").stride(),
-    )  # fmt: skip
-
-
-def _take_rows(layout: Layout, target: Tensor, given: Tensor) -> None:
-    """The inverse of `_by_rows`, into `target`; `given` may also be whole on every rank."""
-    rows, rest = target.shape[1] * target.shape[2], target.shape[3:]
-    if isinstance(given, DTensor) or not isinstance(layout.parameter, DTensor):
-        part = local(given)
-        part = (part if layout.parameter.ndim == 3 else part[None]).to(target)
-        if layout.group is None:
-            target.copy_(part.reshape(target.shape))
-            return
-        flat = part.reshape(layout.stack, part.shape[1], _numel(rest))
-        target.copy_(RowExchange(layout.group, layout.owners).gather(list(flat), rows).reshape(target.shape))
-        return
-    whole = given if layout.parameter.ndim == 3 else given[None]
-    start = _first_entry(layout.parameter)
-    mine = range(layout.stack) if layout.group is None else RowExchange(layout.group, layout.owners).owned
-    target.copy_(whole[[start + entry for entry in mine]].reshape(target.shape))
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())

@@ -11,16 +11,19 @@ are this kit's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lit_interns1.optim.eigenbases import refresh
 from lit_interns1.optim.elementwise import ElementwiseName
-from lit_interns1.optim.matrix_optimizer import Layout, MatrixOptimizer, Polar, RateAdjustment, choose
-from lit_interns1.optim.orthogonalization import CoefficientSet
+from lit_interns1.optim.matrix_layout import Layout
+from lit_interns1.optim.matrix_optimizer import Batch, MatrixOptimizer, Polar, RateAdjustment, choose
+from lit_interns1.optim.orthogonalization import CoefficientSet, factor_from_gram
+from lit_interns1.optim.row_exchange import Pending
 
 Side = Literal["both", "left", "right", "smaller", "auto"]
 
@@ -48,6 +51,10 @@ class Mousse(MatrixOptimizer):
             pays for all.
         graft: Give the update the norm that the polar factor had.
         max_precondition_size: Sides above this size are not preconditioned.
+        gram_all_reduce: Where only the right side is preconditioned and rows ≥ columns, let every rank keep its rows
+            and add up GᵀG and UᵀU (U: the momentum) instead of giving the matrix to an owner: one all-reduce of 2 B²
+            in float64 per shape in place of two all-to-alls of A B, for which every rank computes the basis. Pays for
+            matrices that are many times as tall as wide.
         adjust_lr: See `Muon`.
         coefficients: Of the Newton–Schulz iteration; see `newton_schulz`.
         polar: "newton_schulz", or "svd" for the exact polar factor (slow).
@@ -78,6 +85,7 @@ class Mousse(MatrixOptimizer):
         stagger: bool = False,
         graft: bool = True,
         max_precondition_size: int = 8192,
+        gram_all_reduce: bool = False,
         adjust_lr: RateAdjustment = "match_rms_adamw",
         coefficients: CoefficientSet = "dion",
         polar: Polar = "newton_schulz",
@@ -102,7 +110,7 @@ class Mousse(MatrixOptimizer):
             )
         self.side, self.alpha, self.beta, self.eps = side, alpha, beta, eps
         self.refresh_every, self.stagger, self.graft = refresh_every, stagger, graft
-        self.max_precondition_size = max_precondition_size
+        self.max_precondition_size, self.gram_all_reduce = max_precondition_size, gram_all_reduce
         super().__init__(
             params, lr, momentum, nesterov, weight_decay, adjust_lr, coefficients, polar, compute_dtype, split_heads,
             elementwise_optimizer, elementwise_lr, elementwise_betas, elementwise_eps, elementwise_clip,
@@ -142,13 +150,8 @@ class Mousse(MatrixOptimizer):
             return result
         due = self._due(layout, step, live)
         for name in sides:
-            mean = state[name]
             outer = gradient @ gradient.mT if name == "left" else gradient.mT @ gradient
-            mean.lerp_(outer, choose(live, 1 - self.beta, 0.0, mean.dtype))
-            if due is not None:
-                bases, values = state[f"{name}_basis"], state[f"{name}_values"]
-                means, bases, values = (x.view(-1, *x.shape[2:]) for x in (mean, bases, values))
-                refresh(means, bases, values, due, self.eps)
+            self._learn(state, name, outer, live, due)
             result = self._turned(state, name, result, into=True)
         return result
 
@@ -162,6 +165,72 @@ class Mousse(MatrixOptimizer):
             norms = [torch.linalg.matrix_norm(x, keepdim=True) for x in (orthogonal, result)]
             result = result * (norms[0] / norms[1].clamp(min=1e-30))
         return result
+
+    # -- rows that stay where they are -------------------------------------------------------------------------------
+
+    def shares(self, rows: int, columns: int) -> bool:
+        """With `gram_all_reduce`, tall matrices that are preconditioned on the right only."""
+        return self.gram_all_reduce and rows >= columns and list(self.sides(rows, columns)) == ["right"]
+
+    def start_shared(self, batch: Batch) -> Pending:
+        """Sums over all rows: GᵀG and UᵀU of every matrix, (matrices, 2, columns, columns) float64."""
+        grams = []
+        for _, gradient, moment in self._shared_parts(batch):
+            direction = self._direction(gradient, moment)
+            grams.append(torch.stack([_gram(gradient), _gram(direction)], dim=1))
+        summed = torch.cat(grams)
+        work = dist.all_reduce(summed, group=batch.layouts[0].group, async_op=True)
+        return Pending(summed, summed, work)
+
+    def finish_shared(self, batch: Batch, pending: Pending, step: int) -> list[Tensor]:
+        """U_r (W T Wᵀ) with W = Q_R Λ_R^−α: what `prepare` and `finish` do, as one factor from the right."""
+        first, updates = batch.layouts[0], []
+        reduced = pending.wait().split([layout.stack for layout in batch.layouts])
+        for (layout, gradient, moment), grams in zip(self._shared_parts(batch), reduced, strict=True):
+            of_gradient, of_direction = grams.unbind(1)
+            live = (of_gradient.diagonal(dim1=-2, dim2=-1).sum(-1) > 0)[:, None, None]
+            direction = self._direction(gradient, moment)
+            moment.copy_(torch.where(live, moment * self.momentum + gradient, moment))
+            state = self.state[layout.parameter]
+            due = self._due(layout, step, live[..., None])
+            self._learn(state, "right", of_gradient[:, None].to(moment.dtype), live[..., None], due)
+            basis, values = state["right_basis"][:, 0].double(), state["right_values"][:, 0].double()
+            turn = basis * values.pow(-self.alpha)[:, None, :]
+            whitened = turn.mT @ of_direction @ turn
+            factor = factor_from_gram(whitened, None if self.polar == "svd" else self.coefficients)
+            total = turn @ factor @ turn.mT
+            if self.graft:
+                squares = factor.mT @ whitened @ factor  # OᵀO
+                before, after = (x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in (squares, turn @ squares @ turn.mT))
+                total = total * (before / after.clamp(min=1e-60)).sqrt()[:, None, None]
+            total = total * choose(live, self.shape_factor(first.rows, first.columns), 0.0, total.dtype)
+            updates += (direction @ total.to(direction.dtype)).to(gradient.dtype).unbind(0)
+        return updates
+
+    def _shared_parts(self, batch: Batch) -> Iterator[tuple[Layout, Tensor, Tensor]]:
+        """Layouts with (stack, own rows, columns) gradient and momentum."""
+        gradients = iter(batch.gradients())
+        for layout in batch.layouts:
+            gradient = torch.stack([next(gradients) for _ in range(layout.stack)])
+            moment = self.state[layout.parameter]["momentum"][:, 0]
+            yield layout, gradient.to(moment.dtype), moment
+
+    def _direction(self, gradient: Tensor, moment: Tensor) -> Tensor:
+        """U after this step's gradient, momentum being what it was before."""
+        following = moment * self.momentum + gradient
+        return torch.add(gradient, following, alpha=self.momentum) if self.nesterov else following
+
+    # -- preconditioners ---------------------------------------------------------------------------------------------
+
+    def _learn(self, state: dict[str, Tensor], name: str, outer: Tensor, live: Tensor, due: Tensor | None) -> None:
+        """Takes G Gᵀ or GᵀG into the mean of one side, and computes bases that are due."""
+        mean = state[name]
+        mean.lerp_(outer, choose(live, 1 - self.beta, 0.0, mean.dtype))
+        if due is not None:
+            means, bases, values = (
+                x.view(-1, *x.shape[2:]) for x in (mean, state[f"{name}_basis"], state[f"{name}_values"])
+            )
+            refresh(means, bases, values, due, self.eps)
 
     def _due(self, layout: Layout, step: int, live: Tensor) -> Tensor | None:
         """(owned · blocks,) which matrices' bases are computed in this step; None if none."""
@@ -180,3 +249,7 @@ class Mousse(MatrixOptimizer):
         if name == "left":
             return (basis.mT @ matrices) * powers[..., None] if into else basis @ (matrices * powers[..., None])
         return (matrices @ basis) * powers[..., None, :] if into else (matrices * powers[..., None, :]) @ basis.mT
+
+
+def _gram(matrices: Tensor) -> Tensor:
+    return matrices.double().mT @ matrices.double()

@@ -73,6 +73,32 @@ def polar_factor(matrices: Tensor) -> Tensor:
     return (u * (values.amax(-1) > 0)[..., None, None]) @ vh
 
 
+def factor_from_gram(gram: Tensor, coefficients: CoefficientSet | None = "dion") -> Tensor:
+    """T such that X T is what `newton_schulz(X)` gives, from Xᵀ X alone: rows of X may be on different ranks.
+
+    The iteration acts on X from the right, X ← X P(Xᵀ X), and P(Xᵀ X) commutes with Xᵀ X. Squares of singular values
+    need twice the digits, so give float64.
+
+    Args:
+        gram: (..., n, n) Xᵀ X.
+        coefficients: Of the iteration; None: T = (Xᵀ X)^−½, for the exact polar factor.
+    """
+    if coefficients is None:
+        values, vectors = torch.linalg.eigh(gram)
+        kept = values > values.amax(-1, keepdim=True) * torch.finfo(gram.dtype).eps * gram.shape[-1]
+        return (vectors * torch.where(kept, values.clamp(min=1e-300).rsqrt(), 0.0)[..., None, :]) @ vectors.mT
+    squared_norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=1e-60)
+    scale = squared_norm.rsqrt() / _HEADROOM[coefficients]
+    present = (gram * scale**2).reshape(-1, *gram.shape[-2:])
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    total = identity.expand_as(present)
+    for a, b, c in COEFFICIENTS[coefficients]:
+        polynomial = a * identity + torch.baddbmm(present, present, present, beta=b, alpha=c)
+        total = total @ polynomial
+        present = polynomial @ present @ polynomial
+    return total.reshape(gram.shape) * scale
+
+
 def check_coefficients(name: str) -> None:
     """Raises:
     ValueError: If there is no such set.
