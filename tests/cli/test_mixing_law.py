@@ -60,7 +60,9 @@ def best_by_brute_force(low_K=(0, 0, 0), high_K=(1, 1, 1)):
 
 
 def test_the_law_the_prediction_and_the_best_mixture_are_those_of_the_losses(tmp_path, runs, capsys):
-    out, held_out = tmp_path / "law", write_run(tmp_path / "other", (0.45, 0.25, 0.3), {"plays": 4.0, "smiles": 3.0})
+    out = tmp_path / "law"
+    reversed_sources = [{"path": f"{name}.txt", "weight": w} for name, w in zip(DOMAINS[::-1], (0.3, 0.25, 0.45))]
+    held_out = write_run(tmp_path / "other", (1, 1, 1), {"smiles": 3.0, "plays": 4.0}, sources=reversed_sources)
     shares = ["english=0.45", "molecules=0.25", "code=0.30"]
     main([
         "mixing-law", *runs, "--out", str(out), "--held_out", held_out, "--weights", "plays=1", "smiles=3",

@@ -70,12 +70,10 @@ for seed in 1 2 3; do
         # shellcheck disable=SC2046
         train "best-$purpose-$seed" "$seed" $(share "$purpose") "$@"
     done
-    if [ "$seed" = 1 ]; then
-        train sevenths-2-3-2 18 2 3 2 "$@"
-        train sevenths-3-2-2 21 3 2 2 "$@"
-        train more-english 31 0.60 0.20 0.20 "$@"
-    fi
 done
+train sevenths-2-3-2 18 2 3 2 "$@"
+train sevenths-3-2-2 21 3 2 2 "$@"
+train more-english 31 0.60 0.20 0.20 "$@"
 for purpose in equal default; do
     mixing_law "result-$purpose" "$purpose" \
         "$out"/default-? "$out/sevenths-2-3-2" "$out/sevenths-3-2-2" "$out/more-english" "$out"/best-*

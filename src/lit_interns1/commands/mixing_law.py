@@ -169,12 +169,9 @@ def fit_groups(
 
     found = []
     for group in group_runs(read_runs(runs), read_runs(held_out)):
-        proportions_MK, losses_MV = arrays(group.runs)
+        domains, targets = tuple(group.runs[0].proportions), tuple(group.runs[0].losses)
         try:
-            law = fit_mixing_law(
-                proportions_MK, losses_MV, tuple(group.runs[0].proportions), tuple(group.runs[0].losses),
-                huber, bootstrap, seed,
-            )  # fmt: skip
+            law = fit_mixing_law(*arrays(group.runs, domains, targets), domains, targets, huber, bootstrap, seed)
         except ValueError as error:
             names = ", ".join(run.name for run in group.runs)
             raise ValueError(f"{error} (the group {names}; {group.label})" if group.label else str(error)) from error
@@ -183,11 +180,10 @@ def fit_groups(
     return found
 
 
-def arrays(runs: Sequence[MixtureRun]) -> tuple[Floats, Floats]:
-    """Proportions (M, K) and losses (M, V), in the order of the first run's names."""
+def arrays(runs: Sequence[MixtureRun], domains: Sequence[str], targets: Sequence[str]) -> tuple[Floats, Floats]:
+    """Proportions (M, K) and losses (M, V), in the order of the names; runs may have them in another."""
     import numpy as np
 
-    domains, targets = list(runs[0].proportions), list(runs[0].losses)
     proportions = [[run.proportions[name] for name in domains] for run in runs]
     return np.array(proportions), np.array([[run.losses[name] for name in targets] for run in runs])
 
@@ -217,7 +213,8 @@ def repeat_std(runs: Sequence[MixtureRun]) -> dict[str, float] | None:
     """Standard deviation of the losses of runs on one mixture, over the mixtures that were repeated, if any."""
     import numpy as np
 
-    proportions_MK, losses_MV = arrays(runs)
+    targets = tuple(runs[0].losses)
+    proportions_MK, losses_MV = arrays(runs, tuple(runs[0].proportions), targets)
     _, group_M = np.unique(proportions_MK.round(9), axis=0, return_inverse=True)
     sizes = np.bincount(group_M.reshape(-1))
     freedom = int((sizes - 1).sum())
@@ -227,7 +224,7 @@ def repeat_std(runs: Sequence[MixtureRun]) -> dict[str, float] | None:
         ((losses_MV[group_M.reshape(-1) == group] - losses_MV[group_M.reshape(-1) == group].mean(0)) ** 2).sum(0)
         for group in np.flatnonzero(sizes > 1)
     )
-    return dict(zip(runs[0].losses, np.sqrt(squares_V / freedom).tolist(), strict=True))
+    return dict(zip(targets, np.sqrt(squares_V / freedom).tolist(), strict=True))
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -244,10 +241,11 @@ def write_result(fitted: FittedGroup, question: Question, folder: Path) -> str:
 
     group, law, best, reference = fitted
     page = "\n".join(page_lines(fitted, question)) + "\n"
-    held_out = arrays(group.held_out) if group.held_out else None
-    predicted = predicted_figure(law, *arrays(group.runs), held_out)
+    fitted_MK, fitted_MV = arrays(group.runs, law.domains, law.targets)
+    held_out = arrays(group.held_out, law.domains, law.targets) if group.held_out else None
+    predicted = predicted_figure(law, fitted_MK, fitted_MV, held_out)
     reference_K = None if reference is None else [reference["proportions"][name] for name in law.domains]
-    mixture = mixture_figure(law, best, arrays(group.runs)[0], question.weights, reference_K)
+    mixture = mixture_figure(law, best, fitted_MK, question.weights, reference_K)
     folder.mkdir(parents=True)
     save_figure(predicted, folder / PREDICTED)
     save_figure(mixture, folder / MIXTURE)
@@ -299,7 +297,7 @@ def page_lines(fitted: FittedGroup, question: Question) -> Iterator[str]:
 
 def _law_table(law: MixingLaw, runs: Sequence[MixtureRun]) -> Iterator[str]:
     """Coefficients and errors; `spread` is the standard deviation of the losses over the mixtures."""
-    spread_V = arrays(runs)[1].std(axis=0)
+    spread_V = arrays(runs, law.domains, law.targets)[1].std(axis=0)
     yield _row("validation", "c", *(f"t {domain}" for domain in law.domains), "R²", "largest error", "leave one out",
                "spread")  # fmt: skip
     yield "|" + "---|" * (len(law.domains) + 6)
@@ -315,7 +313,7 @@ def _held_out_table(law: MixingLaw, held_out: Sequence[MixtureRun], weights: dic
 
     from lit_interns1.reports.mixing_figures import weight_vector
 
-    proportions_MK, losses_MV = arrays(held_out)
+    proportions_MK, losses_MV = arrays(held_out, law.domains, law.targets)
     weight_V = weight_vector(law, weights)
     pairs_M2W = np.stack([np.column_stack([x, x @ weight_V]) for x in (losses_MV, law.predict(proportions_MK))], axis=1)
     names = (*law.targets, "weighted mean")

@@ -139,7 +139,8 @@ def _of_directory(path: Path) -> MixtureRun:
         weights[name] = weights.get(name, 0.0) + float(weight)
     losses, tokens, after = _last_losses(run)
     plain = {name: value for name, value in settings.items() if not _free(name, settings)}
-    plain[str(key)] = [{name: value for name, value in entry.items() if name != "weight"} for entry in entries]
+    without_weight = [{name: value for name, value in entry.items() if name != "weight"} for entry in entries]
+    plain[str(key)] = sorted(without_weight, key=repr)
     total = sum(weights.values())
     proportions = {name: weight / total for name, weight in weights.items()}
     return MixtureRun(path.name, proportions, losses, tokens, plain, after)
