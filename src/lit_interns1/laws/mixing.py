@@ -331,9 +331,9 @@ def _corner_warnings(rows_MK: Floats, domains: tuple[str, ...]) -> list[str]:
 
 
 def _floor_warnings(floor_V: Floats, losses_MV: Floats, targets: tuple[str, ...]) -> list[str]:
-    loose = floor_V < 0.01 * losses_MV.min(axis=0)
+    loose = floor_V < 0.05 * losses_MV.min(axis=0)
     return [
-        f"the floor of {target!r} goes to zero: its losses are not yet curved over these mixtures"
+        f"the floor of {target!r} goes to zero: over these mixtures its losses do not flatten"
         for target, is_loose in zip(targets, loose)
         if is_loose
     ]
