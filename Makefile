@@ -50,7 +50,7 @@ test: $(VENV)/ready ## run the tests (without those marked slow)
 # packages is compiled from C.
 test-slow: $(VENV)/ready ## run the tests marked slow
 	-$(MAKE) --no-print-directory smollm2
-	-$(PIP) install --quiet --retries 1 --constraint constraints.txt --editable '.[parity,dev,rl]'
+	-$(PIP) install --quiet --retries 1 --constraint constraints.txt --editable '.[parity,dev,rl,optimizers]'
 	$(BIN)/python -m pytest -m slow
 
 SMOLLM2 := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
