@@ -197,7 +197,7 @@ def test_a_validation_before_the_end_is_said(tmp_path, capsys):
     early = [write_run(tmp_path / f"e{i}", w, last=(40, 60)) for i, w in enumerate(SEVENTHS)]
     assert [run.tokens for run in read_runs(early)] == pytest.approx([400_000] * 15, rel=0.01)
     main(["mixing-law", *early, "--out", str(tmp_path / "law"), "--bootstrap", "0"])
-    assert "warning: the last validation of a run was 20 steps before its end" in capsys.readouterr().out
+    assert "warning: the last validation of e0 was 20 steps before its end" in capsys.readouterr().out
 
 
 def test_noise_is_that_of_repeated_mixtures():

@@ -289,9 +289,10 @@ def page_lines(fitted: FittedGroup, question: Question) -> Iterator[str]:
         yield from _held_out_table(law, group.held_out, question.weights)
     yield ""
     yield from _best_tables(fitted, question)
-    late = max(run.steps_after for run in group.runs)
-    late_warning = [f"the last validation of a run was {late} steps before its end"] if late else []
-    for warning in (*late_warning, *fitted.best.warnings):
+    late = max(group.runs, key=lambda run: run.steps_after)
+    if late.steps_after:
+        yield f"\nwarning: the last validation of {late.name} was {late.steps_after} steps before its end"
+    for warning in fitted.best.warnings:
         yield f"\nwarning: {warning}"
 
 

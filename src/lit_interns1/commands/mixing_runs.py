@@ -143,6 +143,7 @@ def _of_directory(path: Path) -> MixtureRun:
     plain[str(key)] = sorted(without_weight, key=repr)
     total = sum(weights.values())
     proportions = {name: weight / total for name, weight in weights.items()}
+    losses = {name: losses[name] for name in [*(name for name in weights if name in losses), *losses]}
     return MixtureRun(path.name, proportions, losses, tokens, plain, after)
 
 
