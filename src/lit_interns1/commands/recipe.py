@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +22,23 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 
+from lit_interns1.commands.arguments import without_nan
+from lit_interns1.commands.recipe_config import (
+    batch_schedulers,
+    changed_config,
+    check_config,
+    config_text,
+    schedule_factors,
+)
 from lit_interns1.commands.recipe_inputs import (
-    mixing_law_of,
+    AnnealingRuns,
+    MixingRuns,
+    SmallRuns,
+    annealing_warnings,
     rate_warnings,
+    read_annealing,
     read_batch_sizes,
+    read_mixing_law,
     read_searches,
     search_warnings,
     sizes_of,
@@ -43,19 +55,20 @@ from lit_interns1.laws.recipe import (
 )
 from lit_interns1.optim import WarmupStableDecay
 from lit_interns1.reports.recipe_page import recipe_page
-from lit_interns1.reports.recipe_plan import (
+from lit_interns1.reports.recipe_parts import (
     EPOCHS,
     DecayPlan,
     MixturePlan,
     RatePlan,
-    Recipe,
     beyond,
     default_decay,
     kept_mixture,
+    plan_decay,
     plan_mixture,
     plan_rate,
     published_rate,
 )
+from lit_interns1.reports.recipe_plan import Recipe
 from lit_interns1.training import GlobalBatch
 
 _USAGE = """lit-interns1 recipe --config FILE [--config FILE ...] [--out DIR] [--tokens D] [--rates RUN ...]
@@ -136,26 +149,30 @@ class RecipeCLI(KitCLI):
         return {key: value for key, value in values.items() if key not in ours}
 
 
-def run(args: Sequence[str] | None = None) -> None:
+def run(args: Sequence[str]) -> None:
     """Runs the command.
 
     Args:
-        args: What stands behind "recipe"; None: the arguments of the process.
+        args: What stands behind "recipe".
     """
-    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    given = sys.argv[2:] if args is None else list(args)
-    cli = RecipeCLI(
-        LightningModule, LightningDataModule, subclass_mode_model=True, subclass_mode_data=True, run=False,
-        save_config_callback=None, parser_class=KitArgumentParser,
-        parser_kwargs={"parser_mode": "omegaconf+", "usage": _USAGE, "description": __doc__},
-        args=given,
-    )  # fmt: skip
-    cli.base_name = " + ".join(_configs(given)) or "options alone"
+    cli = parse(args)
     try:
         write_recipe(cli)
     except (ValueError, OSError) as error:
         fail(str(innermost(error)))
+
+
+def parse(args: Sequence[str]) -> RecipeCLI:
+    """The options, and the module and the data module that they describe."""
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    cli = RecipeCLI(
+        LightningModule, LightningDataModule, subclass_mode_model=True, subclass_mode_data=True, run=False,
+        save_config_callback=None, parser_class=KitArgumentParser,
+        parser_kwargs={"parser_mode": "omegaconf+", "usage": _USAGE, "description": __doc__}, args=list(args),
+    )  # fmt: skip
+    cli.base_name = " + ".join(_configs(args)) or "options alone"
+    return cli
 
 
 def _configs(args: Sequence[str]) -> list[str]:
@@ -172,13 +189,12 @@ def write_recipe(cli: RecipeCLI) -> Recipe:
     Raises:
         ValueError: If an input is unsuitable, or the directory exists.
     """
-    options, out = cli.config, Path(cli.config.out)
+    out = Path(cli.config.out)
     if out.exists():
         raise ValueError(f"--out {out} exists already: name a new directory")
     base = cli.values(cli.config)
-    searches = read_searches(options.rates)
-    found = read_batch_sizes(options.batch_sizes)
-    recipe = make_recipe(cli, base, searches, found)
+    inputs = read_small_runs(cli.config)
+    recipe = make_recipe(cli, base, inputs)
     values = cli.values(cli.parser.parse_object(changed_config(base, recipe, out)))
     text = config_text(cli, values, recipe)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -186,9 +202,10 @@ def write_recipe(cli: RecipeCLI) -> Recipe:
     try:
         (partial / "config.yaml").write_text(text, encoding="utf-8")
         check_config(cli, partial / "config.yaml", values, recipe)
-        answer = json.dumps(_plain(recipe.to_dict()), indent=1, allow_nan=False) + "\n"
+        answer = json.dumps(without_nan(recipe.to_dict()), indent=1, allow_nan=False) + "\n"
         (partial / "recipe.json").write_text(answer, encoding="utf-8")
-        page = recipe_page(recipe, _factors(recipe), text, list(searches.values()), found.table if found else None)
+        table = inputs.batch_sizes.table if inputs.batch_sizes else None
+        page = recipe_page(recipe, schedule_factors(recipe), text, list(inputs.searches.values()), table)
         (partial / "recipe.html").write_text(page, encoding="utf-8")
         os.rename(partial, out)
     finally:
@@ -197,23 +214,29 @@ def write_recipe(cli: RecipeCLI) -> Recipe:
     return recipe
 
 
-def make_recipe(cli: RecipeCLI, base: Mapping[str, Any], searches: Mapping[str, Any], found: Any) -> Recipe:
+def read_small_runs(options: Any) -> SmallRuns:
+    """What the options name."""
+    return SmallRuns(
+        read_searches(options.rates), read_batch_sizes(options.batch_sizes), read_mixing_law(options.mixture),
+        read_annealing(options.annealing),
+    )  # fmt: skip
+
+
+def make_recipe(cli: RecipeCLI, base: Mapping[str, Any], inputs: SmallRuns) -> Recipe:
     """All plans, and what is to be known about them."""
-    options, data = cli.config, cli.datamodule
-    names = ("row_length", "micro_batch_size", "global_batch_size")
-    row_length, micro, rows = (getattr(data, name, None) for name in names)
-    if not all(isinstance(value, int) for value in (row_length, micro, rows)):
-        raise ValueError(f"data: {type(data).__name__} has no {', '.join(names)}, and a recipe needs them")
+    options, data, found = cli.config, cli.datamodule, inputs.batch_sizes
+    row_length, micro, rows = _batch_of(data)
     parameters, active = sizes_of(cli.model)
     ranks, noted = _ranks(options)
     tokens = _tokens(options, active)
-    decay = _decay(options, base, tokens.value)
+    rate = _rate(options, base, inputs.searches, parameters if options.count == "total" else active, tokens.value)
+    decay = _decay(base, tokens.value, rate.peak.value, inputs.annealing)
     tokens_per_pass = micro * ranks * row_length
     law: BatchSizeBand | None = None
     if found is None:
         batch = constant_batch_size(GlobalBatch(rows, micro, ranks).accumulation, tokens_per_pass, tokens.value)
         source = "default: the base config's global_batch_size"
-        if _batch_schedulers(base):
+        if batch_schedulers(base):
             noted.append("the base config's BatchSizeScheduler is kept, and not part of this plan")
     else:
         law = batch_size_band(found.table)
@@ -221,16 +244,23 @@ def make_recipe(cli: RecipeCLI, base: Mapping[str, Any], searches: Mapping[str, 
         batch = plan_batch_sizes(law, tokens.value, freeze, tokens_per_pass, options.max_batch)
         source = f"batch-size law of {len(found.table.batches)} runs: ln B = {law.p:.3f} + {law.q:.3f} ln D"
         noted += _batch_warnings(law, batch, freeze)
-    rate = _rate(options, base, searches, parameters if options.count == "total" else active, tokens.value)
-    noted += search_warnings(searches, base, row_length, [step.batch for step in batch.steps])
+    noted += search_warnings(inputs.searches, base, row_length, [step.batch for step in batch.steps])
     noted += rate_warnings(found, rate.peak.value)
-    mixture = _mixture(options, data, tokens.value)
+    noted += annealing_warnings(inputs.annealing, [step.batch for step in batch.steps])
+    mixture = _mixture(options, data, tokens.value, inputs.mixing)
     parts = [*noted, *batch.warnings, *rate.warnings, *decay.warnings, *(mixture.warnings if mixture else ())]
     return Recipe(
         base=cli.base_name, parameters=parameters, active_parameters=active, tokens=tokens, rate=rate, batch=batch,
         batch_source=source, batch_is_default=found is None, batch_law=law, decay=decay, mixture=mixture, ranks=ranks,
         warnings=tuple(parts),
     )  # fmt: skip
+
+
+def _batch_of(data: Any) -> tuple[int, int, int]:
+    names = ("row_length", "micro_batch_size", "global_batch_size")
+    if missing := [name for name in names if not isinstance(getattr(data, name, None), int)]:
+        raise ValueError(f"data: {type(data).__name__} has no {', '.join(missing)}, and a recipe needs them")
+    return data.row_length, data.micro_batch_size, data.global_batch_size
 
 
 # -- parts of the plan -------------------------------------------------------------------------------------------------
@@ -262,14 +292,31 @@ def _tokens(options: Any, active: int) -> Quantity:
     return Quantity(float(TOKENS_PER_PARAMETER * active), source, is_default=True)
 
 
-def _decay(options: Any, base: Mapping[str, Any], tokens: float) -> DecayPlan:
+def _decay(base: Mapping[str, Any], tokens: float, peak: float, annealing: AnnealingRuns | None) -> DecayPlan:
     schedule = base["model"]["init_args"].get("schedule") or {}
     given = schedule.get("init_args", {})
     warmup = DEFAULT_WARMUP
     if schedule.get("class_path", "").endswith("WarmupStableDecay"):
         warmup = float(given["warmup_tokens"])
         warmup = warmup if warmup < 1 else warmup / given["total_tokens"]
-    return default_decay(warmup)
+    if annealing is None:
+        return default_decay(warmup)
+
+    def family(decay_share: float, shape: str, floor: float) -> WarmupStableDecay:
+        return WarmupStableDecay(tokens, warmup, decay_share, shape, floor)  # type: ignore[arg-type]
+
+    network = _without_none(base["model"]["init_args"].get("config"))
+    return plan_decay(
+        annealing.law, tokens, annealing.tokens_per_step, peak, warmup, family, annealing.runs,
+        network is not None and _without_none(annealing.network) == network,
+    )  # fmt: skip
+
+
+def _without_none(value: Any) -> Any:
+    """Saved configs of runs leave out what is null."""
+    if isinstance(value, dict):
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    return value
 
 
 def _batch_warnings(law: BatchSizeBand, batch: BatchPlan, freeze: float) -> list[str]:
@@ -292,15 +339,15 @@ def _rate(
     return RatePlan(Quantity(float(rate), "default: the base config's", is_default=True))
 
 
-def _mixture(options: Any, data: Any, tokens: float) -> MixturePlan | None:
+def _mixture(options: Any, data: Any, tokens: float, mixing: MixingRuns | None) -> MixturePlan | None:
     sources = getattr(data, "sources", None)
     if not sources:
-        if options.mixture is not None:
+        if mixing is not None:
             raise ValueError(f"--mixture: {type(data).__name__} has no sources")
         return None
     names = [source.display_name for source in sources]
     available = options.available
-    if options.mixture is None:
+    if mixing is None:
         ignored = [name for name in ("weights", "floors", "caps") if options[name] is not None]
         if ignored:
             raise ValueError(f"--{ignored[0]} needs --mixture")
@@ -316,109 +363,10 @@ def _mixture(options: Any, data: Any, tokens: float) -> MixturePlan | None:
             return None
         shares = [available[name] for name in names]
     before = {name: share / sum(shares) for name, share in zip(names, shares, strict=True)}
-    if options.mixture is None:
+    if mixing is None:
         return kept_mixture(before, tokens, available)
-    law = mixing_law_of(options.mixture)
-    return plan_mixture(
-        law, before, tokens, options.weights, options.floors, options.caps, available, options.epochs
-    )  # fmt: skip
-
-
-# -- the config --------------------------------------------------------------------------------------------------------
-
-
-def changed_config(base: Mapping[str, Any], recipe: Recipe, out: Path) -> dict[str, Any]:
-    """The base config with what the recipe says."""
-    values: dict[str, Any] = json.loads(json.dumps(base))
-    arguments = values["model"]["init_args"]
-    if "schedule" not in arguments:
-        raise ValueError(f"model: {values['model']['class_path']} takes no schedule")
-    optimizer = arguments.get("optimizer") or {
-        "class_path": "torch.optim.AdamW", "init_args": {"betas": [0.9, 0.95], "weight_decay": 0.1},
-    }  # fmt: skip
-    optimizer.setdefault("init_args", {})["lr"] = float(f"{recipe.rate.peak.value:.6g}")
-    arguments["optimizer"] = optimizer
-    arguments["schedule"] = {"class_path": "lit_interns1.optim.WarmupStableDecay", "init_args": _schedule(recipe)}
-    values["data"]["init_args"]["global_batch_size"] = (
-        recipe.batch.steps[0].batch // values["data"]["init_args"]["row_length"]
-    )
-    if recipe.mixture is not None and not recipe.mixture.sources[0].share.is_default:
-        for source, planned in zip(values["data"]["init_args"]["sources"], recipe.mixture.sources, strict=True):
-            source["weight"] = round(planned.share.value, 6)
-    trainer = values["trainer"]
-    if not recipe.batch_is_default:
-        others = [callback for callback in trainer.get("callbacks") or [] if callback not in _batch_schedulers(values)]
-        trainer["callbacks"] = [*others, *_batch_callback(recipe)] or None
-    trainer["max_epochs"] = trainer["max_steps"] = -1  # the clock ends the run
-    values["clock"]["max_tokens"] = recipe.total_tokens
-    for section in ("checkpoint", "best_checkpoint"):  # of a run whose config this is
-        if values[section].get("dirpath") == str(Path(values["run_dir"]) / "checkpoints"):
-            values[section]["dirpath"] = None
-    values["run_dir"] = str(out / "run")
-    return values
-
-
-def _schedule(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "total_tokens": float(recipe.total_tokens),
-        "warmup_tokens": float(round(recipe.warmup_tokens)),
-        "decay_tokens": float(round(recipe.decay_tokens)),
-        "shape": recipe.decay.shape,
-        "final_factor": recipe.decay.final_factor,
-    }
-
-
-def _factors(recipe: Recipe) -> list[tuple[float, float]]:
-    schedule = WarmupStableDecay(**_schedule(recipe))
-    places = [recipe.total_tokens * step / 400 for step in range(401)]
-    return [(tokens, schedule(tokens)) for tokens in places]
-
-
-def _batch_schedulers(values: Mapping[str, Any]) -> list[Any]:
-    callbacks = values["trainer"].get("callbacks") or []
-    return [callback for callback in callbacks if callback["class_path"].endswith("BatchSizeScheduler")]
-
-
-def _batch_callback(recipe: Recipe) -> list[dict[str, Any]]:
-    if len(recipe.batch.steps) == 1:
-        return []
-    table = [[step.tokens, step.batch] for step in recipe.batch.steps]
-    schedule = {"class_path": "lit_interns1.optim.TabulatedBatch", "init_args": {"table": table}}
-    return [{"class_path": "lit_interns1.callbacks.BatchSizeScheduler", "init_args": {"schedule": schedule}}]
-
-
-def config_text(cli: RecipeCLI, values: Mapping[str, Any], recipe: Recipe) -> str:
-    """The config as YAML, without what is a default anyway."""
-    kept = _without_defaults(values, cli.values(cli.parser.get_defaults()))
-    lines = [f"# Proposed by `lit-interns1 recipe` from {recipe.base}; recipe.html beside it has the reasons."]
-    lines += [f"# WARNING: {warning}" for warning in recipe.warnings]
-    return "\n".join(lines) + "\n" + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120)
-
-
-def _without_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for key, value in values.items():
-        default = defaults.get(key, _without_defaults)  # equal to nothing
-        if isinstance(value, dict) and isinstance(default, dict):
-            if inner := _without_defaults(value, default):
-                kept[key] = inner
-        elif value != default or isinstance(value, bool) != isinstance(default, bool):  # 1 is not True
-            kept[key] = value
-    return kept
-
-
-def check_config(cli: RecipeCLI, file: Path, values: Mapping[str, Any], recipe: Recipe) -> None:
-    """Raises ValueError if the file does not say what was planned, or something in it cannot be made."""
-    parsed = cli.parser.parse_path(str(file))
-    read = cli.values(parsed)
-    if json.dumps(read, sort_keys=True) != json.dumps(values, sort_keys=True):
-        different = [key for key in values if json.dumps(read.get(key)) != json.dumps(values[key])]
-        raise ValueError(f"the config cannot be written: {', '.join(different)} would read otherwise; this is a bug")
-    parsed.trainer.logger = parsed.trainer.profiler = None
-    cli.parser.instantiate_classes(parsed)
-    arguments = values["data"]["init_args"]
-    for step in recipe.batch.steps:
-        GlobalBatch(step.batch // arguments["row_length"], arguments["micro_batch_size"], recipe.ranks)
+    bounds = (options.weights, options.floors, options.caps, available, options.epochs)
+    return plan_mixture(mixing.law, before, tokens, mixing.tokens, *bounds)
 
 
 # -- printing ----------------------------------------------------------------------------------------------------------
@@ -434,12 +382,3 @@ def _print(recipe: Recipe, out: Path) -> None:
         console.print(f"- {warning}", markup=False)
     console.print(f"\n{out}: config.yaml, recipe.json, recipe.html\nlit-interns1 fit --config {out}/config.yaml",
                   markup=False)  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: None."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

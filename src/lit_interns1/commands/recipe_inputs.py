@@ -1,4 +1,4 @@
-"""What a recipe reads: searches, batch-size runs and laws, mixing laws, the sizes of the model and of the sources."""
+"""What a recipe reads: searches, runs and laws of batch size, mixture and decay; sizes of the model and the sources."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from lit_interns1.commands.batch_size_law import check_rates, check_settings, read_run
 from lit_interns1.commands.lr_search import RESULT_FILE
-from lit_interns1.laws import BatchSizeTable, fit_batch_size_table
-from lit_interns1.laws.mixing import MixingLaw
+from lit_interns1.laws import (
+    AnnealingCurve,
+    AnnealingLaw,
+    BatchSizeTable,
+    MixingLaw,
+    fit_annealing_law,
+    fit_batch_size_table,
+)
 from lit_interns1.models.decoder import Decoder, count_parameters
 from lit_interns1.modules.counted_module import CountedModule
 from lit_interns1.optim.batch_schedules import read_artefact
@@ -21,6 +28,7 @@ from lit_interns1.reports.learning_rate_search import RateSearchResult
 
 _BOOTSTRAP = 100
 _SAME_RATE = 1.01
+_LEAST_VALIDATIONS, _MOST_LOSSES = 8, 100
 
 
 class BatchSizes(NamedTuple):
@@ -79,17 +87,123 @@ def _numbers(value: Any) -> Any:
     return float("nan") if value is None else value
 
 
-def mixing_law_of(path: str) -> MixingLaw:
-    """The law in a file, or in `mixing_law.json` of a directory.
+class MixingRuns(NamedTuple):
+    """A mixing law and its runs.
+
+    Attributes:
+        law: The law.
+        tokens: Of the runs, where they are known.
+    """
+
+    law: MixingLaw
+    tokens: tuple[float, ...]
+
+
+def read_mixing_law(path: str | None) -> MixingRuns | None:
+    """The law in a file of `mixing-law`, or in `mixing_law.json` of a directory; None for no path.
 
     Raises:
         ValueError: If there is none.
     """
+    if path is None:
+        return None
     file = Path(path) / "mixing_law.json" if Path(path).is_dir() else Path(path)
     try:
-        return MixingLaw.from_json(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        runs = found.get("runs", []) if isinstance(found, dict) else []
+        law = MixingLaw.from_json(json.dumps(found["law"] if isinstance(found, dict) and "law" in found else found))
     except (OSError, ValueError) as error:
         raise ValueError(f"--mixture {file}: {error}") from None
+    return MixingRuns(law, tuple(float(run["tokens"]) for run in runs if run.get("tokens")))
+
+
+class AnnealingRuns(NamedTuple):
+    """An annealing law and its runs.
+
+    Attributes:
+        law: The law.
+        tokens_per_step: Of the runs; its λ counts steps.
+        runs: How many.
+        network: Config of their model; None where it is not known.
+    """
+
+    law: AnnealingLaw
+    tokens_per_step: float
+    runs: int
+    network: Any
+
+
+def read_annealing(paths: Sequence[str]) -> AnnealingRuns | None:
+    """The law of the logged losses and rates of runs; None for no path.
+
+    Validation losses count where a run has eight or more of them; else training losses, averaged over neighbours.
+
+    Raises:
+        ValueError: If a run logs no loss, tokens or rate, or the runs have different batch sizes.
+    """
+    if not paths:
+        return None
+    _check_alike(paths)
+    curves, batches, network = [], [], None
+    for path in paths:
+        run = RunDirectory(path)
+        rate, clock = run.metric("optim/lr"), run.metric("train/tokens")
+        if rate.tokens is None or len(clock.steps) < 2:
+            raise ValueError(f"--annealing: the run {path} logged no train/tokens: add a TokenClock")
+        batches.append((clock.values[-1] - clock.values[0]) / (clock.steps[-1] - clock.steps[0]))
+        batch = batches[0]
+        losses = run.metrics().get("val/loss")
+        if losses is None or len(losses.values) < _LEAST_VALIDATIONS:
+            losses = run.metric("train/loss")
+        assert losses.tokens is not None
+        kept = np.isfinite(losses.values)
+        groups = np.array_split(np.flatnonzero(kept), min(int(kept.sum()), _MOST_LOSSES))
+        steps_N = np.array([max(round(losses.tokens[group].mean() / batch), 1) for group in groups])
+        at_T = batch * (np.arange(steps_N.max()) + 1)
+        rates_T = np.interp(at_T, rate.tokens, rate.values)
+        curves.append(AnnealingCurve(rates_T, steps_N, np.array([losses.values[group].mean() for group in groups])))
+        if run.config_file.is_file():
+            network = run.config().get("model", {}).get("init_args", {}).get("config")
+    if max(batches) > min(batches) * _SAME_RATE:
+        listed = ", ".join(f"{batch:,.0f}" for batch in batches)
+        raise ValueError(f"--annealing: the runs have different batch sizes ({listed} tokens per step)")
+    return AnnealingRuns(fit_annealing_law(curves, bootstrap=_BOOTSTRAP), float(batches[0]), len(paths), network)
+
+
+_MAY_DIFFER = (
+    "model.init_args.schedule", "model.init_args.optimizer.init_args.lr", "model.init_args.seed", "data.init_args.seed",
+    "data.init_args.micro_batch_size", "data.init_args.num_workers", "data.init_args.pin_memory",
+    "data.init_args.cache_dir",
+)  # fmt: skip
+
+
+def _check_alike(paths: Sequence[str]) -> None:
+    """Raises ValueError if runs that have a `config.yaml` differ in more than their rates, tokens and seeds."""
+    settings = {path: RunDirectory(path).settings() for path in paths if RunDirectory(path).config_file.is_file()}
+    for path, found in settings.items():
+        first, expected = next(iter(settings.items()))
+        for key in sorted(found.keys() | expected.keys()):
+            if not key.startswith(_MAY_DIFFER) and found.get(key) != expected.get(key):
+                raise ValueError(
+                    f"--annealing: the runs differ in more than their learning rates: {key} is {expected.get(key)!r} in "
+                    f"{first} and {found.get(key)!r} in {path}"
+                )
+
+
+class SmallRuns(NamedTuple):
+    """All that small runs say.
+
+    Attributes:
+        searches: Of the learning rate, by path.
+        batch_sizes: Of the batch size.
+        mixing: Of the mixture.
+        annealing: Of the decay.
+    """
+
+    searches: dict[str, RateSearchResult]
+    batch_sizes: BatchSizes | None
+    mixing: MixingRuns | None
+    annealing: AnnealingRuns | None
 
 
 def sizes_of(module: Any) -> tuple[int, int]:
@@ -166,12 +280,12 @@ def _paths(sources: Any) -> list[str]:
 
 
 def _different(wanted: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """In words, the learning rate aside."""
+    """In words, the learning rate and what only one of them names aside."""
     ours, theirs = (str(x.get("class_path", "AdamW")).rsplit(".", 1)[-1] for x in (wanted, other))
     if ours != theirs:
         return f"{theirs} instead of {ours}"
     first, second = wanted.get("init_args", {}), other.get("init_args", {})
-    keys = [key for key in first.keys() | second.keys() if key not in ("lr", "fused", "foreach")]
+    keys = [key for key in first.keys() & second.keys() if key not in ("lr", "fused", "foreach")]
     return ", ".join(f"{key} {second.get(key)} instead of {first.get(key)}" for key in sorted(keys)
                      if json.dumps(first.get(key)) != json.dumps(second.get(key)))  # fmt: skip
 
@@ -186,3 +300,16 @@ def rate_warnings(found: BatchSizes | None, peak: float) -> list[str]:
     if max(rate / peak, peak / rate) > _SAME_RATE:
         return [f"batch size: its runs had the learning rate {rate:.3g}, planned is {peak:.3g}; the law holds at one"]
     return []
+
+
+def annealing_warnings(annealing: AnnealingRuns | None, batches: Sequence[int]) -> list[str]:
+    """The annealing law holds at one batch size: says so if that is not the planned one."""
+    if annealing is None:
+        return []
+    apart = max(max(batch / annealing.tokens_per_step, annealing.tokens_per_step / batch) for batch in batches)
+    if apart <= _SAME_RATE:
+        return []
+    return [
+        f"decay: the runs of the annealing law had {annealing.tokens_per_step:,.0f} tokens per step, planned are "
+        + " … ".join(f"{batch:,}" for batch in sorted({min(batches), max(batches)}))
+    ]

@@ -6,7 +6,7 @@
     intervals    exp(ln x ± z σ)
 
 The laws are those of arXiv 2601.05034 (batch size) and 2601.05049 (learning rate). How their authors round a fitted
-schedule to batches is not known: the grid of a, in which a switch waits for two steps at most, is a reconstruction.
+schedule to batches is not known: the grid of a, in which a switch waits for three steps at most, is a reconstruction.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Quantity:
         value: The number.
         source: What it rests on, in words.
         interval: Where it lies with `LEVEL` confidence; None: not known.
-        is_default: Whether no small run speaks for it.
+        is_default: Whether no small run speaks for it; then the source begins with "default".
     """
 
     value: float
@@ -203,7 +203,7 @@ class BatchPlan:
 
 
 def accumulations(limit: float = math.inf) -> Iterator[int]:
-    """1, 2, 3, 4, 6, 8, 12, …: neighbours have a least common multiple of at most twice the greater."""
+    """1, 2, 3, 4, 6, 8, 12, …: neighbours have a least common multiple of at most three times the greater."""
     yield from (number for number in (1, 2) if number <= limit)
     power = 2
     while power * 3 // 2 <= limit:
@@ -251,7 +251,7 @@ def plan_batch_sizes(
         if wanted >= freeze_tokens:
             break
         multiple = math.lcm(before, after)
-        place = max(math.ceil(wanted / tokens_per_pass / multiple), passes // multiple + 1) * multiple
+        place = max(math.ceil(wanted / tokens_per_pass / multiple - 1e-9), passes // multiple + 1) * multiple
         if place * tokens_per_pass >= freeze_tokens:
             warnings.append(
                 f"the step to {after * tokens_per_pass:,} tokens is not reached: from {before * tokens_per_pass:,} it "

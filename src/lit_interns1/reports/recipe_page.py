@@ -90,7 +90,7 @@ def _batch_over_tokens(recipe: Recipe, table: BatchSizeTable | None) -> str:
     steps, end = recipe.batch.steps, float(recipe.total_tokens)
     until = [*(float(step.tokens) for step in steps[1:]), end]
     corners = [(place, step.batch) for step, last in zip(steps, until, strict=True) for place in (step.tokens, last)]
-    lines = [Line("planned", *zip(*corners, strict=True))]
+    lines = [Line("planned", [place for place, _ in corners], [batch for _, batch in corners])]
     law = recipe.batch_law
     if law is not None:
         at = np.linspace(0.0, end, _POINTS)
