@@ -218,6 +218,21 @@ def test_an_expert_without_tokens_only_decays_and_does_not_disturb_others(make):
     )
 
 
+@pytest.mark.parametrize("make", [Muon, Mousse])
+def test_state_waits_while_an_expert_has_no_tokens(make):
+    stack = nn.Parameter(matrix(2, 4, 5))
+    optimizer = make([stack], lr=0.1)
+    for step in range(4):
+        gradients([stack], step)
+        stack.grad[0] *= step < 2
+        if step == 2:
+            before = {name: value.clone() for name, value in optimizer.state[stack].items()}
+        optimizer.step()
+    for name, value in optimizer.state[stack].items():
+        assert torch.equal(value[0], before[name][0])
+    assert not torch.equal(optimizer.state[stack]["momentum"][1], before["momentum"][1])
+
+
 @pytest.mark.parametrize(("make", "options"), [(Muon, {}), (Mousse, {"side": "both"}), (Mousse, {"stagger": True})])
 @pytest.mark.parametrize("stop", [1, 4, 9])
 def test_continuing_is_bit_equal(make, options, stop):
