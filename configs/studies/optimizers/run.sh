@@ -43,7 +43,7 @@ search() {  # size, arm, configs: small ones around 0.006, large ones around wha
     # shellcheck disable=SC2086
     $command lr-search $3 --model.seed 10 --data.seed 10 --model.optimizer "$(optimizer "$2" "$around")" \
         --trainer.gradient_clip_val "$(clip "$2")" --clock.max_tokens "$tokens" --rates "$rates" --tokens "$tokens" \
-        --schedule run --window 0.1 --run_dir "$run"
+        --schedule run --window 0.1 --num_points 3 --run_dir "$run"
 }
 
 train() {  # size, arm, seed, configs
