@@ -185,8 +185,8 @@ def _check_alike(paths: Sequence[str]) -> None:
         for key in sorted(found.keys() | expected.keys()):
             if not key.startswith(_MAY_DIFFER) and found.get(key) != expected.get(key):
                 raise ValueError(
-                    f"--annealing: the runs differ in more than their learning rates: {key} is {expected.get(key)!r} in "
-                    f"{first} and {found.get(key)!r} in {path}"
+                    f"--annealing: the runs differ in more than their rates: {key} is {expected.get(key)!r} in {first} "
+                    f"and {found.get(key)!r} in {path}"
                 )
 
 
