@@ -1,5 +1,7 @@
 """The annealing law: double sums, planted laws, and schedules whose optimum is known by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -148,8 +150,9 @@ def test_plan_by_hand():
 
 
 def test_plan_takes_the_best_of_all(law):
+    law = replace(law, annealing=3 * law.annealing, samples_R4=law.samples_R4 * [1, 1, 1, 3])
     steps, peak = 1500, 1e-3
-    shapes, floors = ("linear", "cosine", "square"), (0.0, 0.2)
+    shapes, floors = ("linear", "square", "cosine"), (0.2, 0.0)
     plan = plan_wsd(law, steps * 1000.0, 1000.0, peak, family(steps), shapes, floors, num_shares=10)
     tried = {
         (shape, floor, share): law.predict(rates_of(family(steps)(share, shape, floor), steps, peak))[-1]
@@ -158,6 +161,9 @@ def test_plan_takes_the_best_of_all(law):
         for share in np.linspace(0, 0.9, 10)
     }
     best = min(tried, key=tried.__getitem__)
+    assert best[0] != shapes[0]
+    assert best[1] != floors[0]
+    assert 0 < best[2] < 0.9
     assert (plan.shape, plan.floor) == best[:2]
     assert plan.loss <= tried[best] + 1e-9
     assert abs(plan.decay_share - best[2]) <= 0.1 + 1e-9

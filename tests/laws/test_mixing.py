@@ -56,8 +56,10 @@ def test_fitter_takes_vectors():
         fit.leave_one_group_out(np.arange(12)), exact.leave_one_group_out(np.arange(12)), atol=1e-8
     )
     ys = np.stack([y, 2 * y])  # problems with points of their own, and with common ones
-    np.testing.assert_allclose(fitter.refit(np.stack([x, 2 * x]), ys, [0, 0, 0])[0][1, 0], 1.47, atol=0.1)
-    np.testing.assert_allclose(fitter.refit(x, ys, [0, 0, 0])[0][1], 2 * linear_fit(design, y).beta_P, atol=1e-7)
+    plain = linear_fit(design, y).beta_P
+    own = fitter.refit(np.stack([x, 2 * x[::-1]]), np.stack([y, 2 * y[::-1]]), [0, 0, 0])[0]
+    np.testing.assert_allclose(own, [plain, plain * [1, 1, 2]], atol=1e-7)
+    np.testing.assert_allclose(fitter.refit(x, ys, [0, 0, 0])[0][1], 2 * plain, atol=1e-7)
     with pytest.raises(ValueError, match=r"x \(12,\) must be \(12, 2\)"):
         fitter.fit(x[:, 0], y, [0, 0, 0])
 
@@ -124,7 +126,7 @@ def test_corners_break_the_law(three, three_law):
     law = fit_mixing_law(mixtures, np.append(three[1][:, 0], corners[:, 3])[:, None], THREE, THREE[:1], bootstrap=0)
     assert law.r_squared_V[0] < 0.97
     assert law.max_error_V[0] > 0.3
-    github, books = law.warnings
+    github, books = law.warnings[:2]
     assert "3 of 23 runs have less than 1/16 of 'GitHub' (3 without any)" in github
     assert "'Books3' (1 with" in books
 
@@ -246,6 +248,16 @@ def test_bounds_that_leave_no_choice():
     assert part.gap < 1e-7
 
 
+def test_a_fixed_domain_still_counts():
+    floor, slope = np.array([1.0, 1.0]), np.array([[-2.0, -3.0, 0.0], [1.0, 0.0, -2.0]])
+    best = law_of(floor, slope, "abc", "vw").optimise(floors={"a": 0.4}, caps={"a": 0.4})
+    b = np.linspace(0, 0.6, 6001)
+    totals = np.exp(np.stack([np.full_like(b, 0.4), b, 0.6 - b], axis=1) @ slope.T).sum(axis=1)
+    assert 0 < b[totals.argmin()] < 0.6
+    assert best.proportions["b"] == pytest.approx(b[totals.argmin()], abs=1e-4)
+    assert best.gap < 1e-7
+
+
 def test_grid_as_in_the_papers_code():
     floor, slope = planted(2, 3, seed=2)
     law, caps = law_of(floor, slope, "abc", "vw"), {"a": 0.6, "b": 0.3, "c": 0.9}
@@ -347,6 +359,7 @@ def test_names_and_collapsing_floors():
     straight = 3 + 0.5 * (1 - (mixtures[:, :1] - 0.3) ** 2)  # concave: no exponential with a positive floor
     law = fit_mixing_law(mixtures, straight, "ab", ["v"], bootstrap=0)
     assert any("floor of 'v' goes to zero" in text for text in law.warnings)
+    assert any("the law of 'v' has R² 0.77" in text for text in law.warnings)
 
 
 def test_caps_of_tokens():

@@ -24,6 +24,7 @@ from lit_interns1.laws.transforms import Floats, Joint, Positive, Unbounded
 
 SPARE_MIXTURES = 3
 SUM_TOLERANCE = 1e-3
+LOW_R_SQUARED = 0.9
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,10 @@ def fit_mixing_law(
         lowest_K=rows_MK.min(axis=0),
         highest_K=rows_MK.max(axis=0),
         num_runs=len(rows_MK),
-        warnings=(*_corner_warnings(rows_MK, domains), *_floor_warnings(theta_VP[:, 0], losses_MV, targets)),
+        warnings=(
+            *_corner_warnings(rows_MK, domains),
+            *_target_warnings(theta_VP[:, 0], r_squared_V, losses_MV, targets),
+        ),
     )
 
 
@@ -330,10 +334,11 @@ def _corner_warnings(rows_MK: Floats, domains: tuple[str, ...]) -> list[str]:
     return found
 
 
-def _floor_warnings(floor_V: Floats, losses_MV: Floats, targets: tuple[str, ...]) -> list[str]:
-    loose = floor_V < 0.05 * losses_MV.min(axis=0)
-    return [
-        f"the floor of {target!r} goes to zero: over these mixtures its losses do not flatten"
-        for target, is_loose in zip(targets, loose)
-        if is_loose
-    ]
+def _target_warnings(floor_V: Floats, r_squared_V: Floats, losses_MV: Floats, targets: tuple[str, ...]) -> list[str]:
+    found = []
+    for target, floor, r_squared, lowest in zip(targets, floor_V, r_squared_V, losses_MV.min(axis=0)):
+        if floor < 0.05 * lowest:
+            found.append(f"the floor of {target!r} goes to zero: over these mixtures its losses do not flatten")
+        if not r_squared >= LOW_R_SQUARED:
+            found.append(f"the law of {target!r} has R² {r_squared:.2f}: its losses follow the mixture only in part")
+    return found
