@@ -237,8 +237,8 @@ def test_pictures_show_runs_and_the_best_mixture(num_domains):
     assert len(panels) == (1 if num_domains == 3 else num_domains)
     stars = {line.get_label(): np.array(line.get_data())[:, 0] for line in panels[0].lines}
     if num_domains == 3:  # barycentric: the first domain lies left, the second right, the third above
-        _, right, above = best.proportions.values()
-        np.testing.assert_allclose(stars["best mixture"], [right + above / 2, above * 0.75**0.5], atol=1e-12)
+        for name, (_, right, above) in (("best mixture", best.proportions.values()), ("reference", mixtures_MK[0])):
+            np.testing.assert_allclose(stars[name], [right + above / 2, above * 0.75**0.5], atol=1e-12)
     else:
         np.testing.assert_allclose(stars["best mixture"], [best.proportions["a"], best.total], atol=1e-12)
         np.testing.assert_allclose(stars["reference"], [mixtures_MK[0, 0], total_M[0]])
