@@ -263,6 +263,9 @@ def test_one_search_gives_ratios_with_the_published_exponents(tmp_path, planned)
     assert "searched on other sources" in warnings
     assert "published ones without errors" in warnings
     assert f"peak rate: D = 8.2 k is {8200 / 4000:.3g} times beyond" in warnings
+    assert found["peak_rate"]["others"] == {}
+    own = search(tmp_path / "own", found["parameters"], [1000, 2000, 4000], CONFIG)
+    assert list(planned(rates=[own])["peak_rate"]["others"]) == ["loss over tokens at each rate, extrapolated"]
     found = planned(rates=[str(tmp_path / "a" / "lr_search.json")], tokens=4000.0)
     assert "is not known" in found["warnings"][0]
     found = planned(published_rate_law=True)

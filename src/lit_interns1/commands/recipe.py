@@ -177,10 +177,7 @@ def parse(args: Sequence[str]) -> RecipeCLI:
 
 def _configs(args: Sequence[str]) -> list[str]:
     pairs = zip(args, [*args[1:], ""], strict=True)
-    given = [
-        argument.partition("=")[2] or value for argument, value in pairs if argument.partition("=")[0] == "--config"
-    ]
-    return [Path(name).stem for name in given]
+    return [name.partition("=")[2] or value for name, value in pairs if name.partition("=")[0] == "--config"]
 
 
 def write_recipe(cli: RecipeCLI) -> Recipe:

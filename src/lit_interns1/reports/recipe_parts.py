@@ -108,7 +108,7 @@ def plan_rate(
     start = (reference, size, seen, *target, std if math.isfinite(std) else 0.0)
     published = published_rate_law().predict_ratio(*start)
     where = f"{reference:.3g} at N = {with_unit(size)}, D = {with_unit(seen)}"
-    others = {f"ratios with the published exponents from {where}": published.rate}
+    others = _by_loss_over_tokens(near, target, count)
     law, why = None, ""
     try:
         law = joint_law(results, count)
@@ -135,7 +135,10 @@ def plan_rate(
             f"R² {law.r_squared:.3f}"
         )
         peak = Quantity(found.rate, source, log_interval(found.rate, spread))
-        others = {f"ratios with the exponents found from {where}": law.predict_ratio(*start).rate, **others}
+        others |= {
+            f"ratios with the exponents found from {where}": law.predict_ratio(*start).rate,
+            f"ratios with the published exponents from {where}": published.rate,
+        }
         if len({size_of(result, count) for result in results}) < 3:
             warnings.append(f"the exponent of N rests on two sizes; with the published ones it is {published.rate:.3g}")
     optima = [(size_of(r, count), r.tokens[p]) for r in results for p in range(len(r.tokens)) if r.is_bracketed(p)]
@@ -144,6 +147,17 @@ def plan_rate(
     warnings += beyond("peak rate: N", parameters, sizes) + beyond("peak rate: D", tokens, horizons)
     cost = math.nan if parabola is None else parabola.penalty()
     return RatePlan(peak, law, parabola, others, cost, tuple(warnings))
+
+
+def _by_loss_over_tokens(result: RateSearchResult, target: tuple[float, float], count: SizeCount) -> dict[str, float]:
+    """The rate by L(D) at each rate of a search of the same size, where it has three horizons and brackets it."""
+    if size_of(result, count) != target[0]:
+        return {}
+    try:
+        parabola = result.extrapolate(target[1]).parabola
+    except ValueError:
+        return {}
+    return {"loss over tokens at each rate, extrapolated": parabola.best_rate} if parabola.extension == "none" else {}
 
 
 def _measured(results: Sequence[RateSearchResult], target: tuple[float, float], count: SizeCount) -> float:
@@ -228,7 +242,7 @@ def plan_decay(
     if not same_model:
         warnings.append("decay: the annealing law is of another model; its share is taken over, not its loss")
     known = plan.share_interval if len(law.samples_R4) else None
-    source = f"annealing law of {runs} runs"
+    source = f"annealing law of {runs} run" + ("s" if runs > 1 else "")
     return DecayPlan(
         Quantity(plan.decay_share, source, known), warmup_share, plan.shape, plan.floor,
         Quantity(plan.loss, source, plan.interval) if same_model else None,
