@@ -84,7 +84,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         description="The law of validation losses over mixtures, and the best mixture.",
         epilog="example: lit-interns1 mixing-law runs/mix-* --weights english=2 code=1 --floors english=0.1 --out law",
     )
-    share = {"nargs": "+", "metavar": "NAME=SHARE", "default": []}
+    share: dict[str, Any] = {"nargs": "+", "metavar": "NAME=SHARE", "default": []}
     parser.add_argument(
         "runs",
         nargs="+",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -33,8 +33,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CORNERS_K2 = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]])
-_REFERENCE_STYLE = {"marker": "D", "color": "white", "markeredgecolor": _INK, "markersize": 9, "linestyle": ""}
-_BEST_STYLE = {"marker": "*", "color": VERMILLION, "markeredgecolor": "white", "markersize": 18, "linestyle": ""}
+_REFERENCE_STYLE: dict[str, Any] = {
+    "marker": "D",
+    "color": "white",
+    "markeredgecolor": _INK,
+    "markersize": 9,
+    "linestyle": "",
+}
+_BEST_STYLE: dict[str, Any] = {
+    "marker": "*",
+    "color": VERMILLION,
+    "markeredgecolor": "white",
+    "markersize": 18,
+    "linestyle": "",
+}
 
 
 def weight_vector(law: MixingLaw, weights: Mapping[str, float] | None = None) -> Floats:
@@ -147,14 +159,15 @@ def _triangle(
 
     steps = 90
     whole_NK = np.array([(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)]) / steps
+    x_N, y_N = (whole_NK @ _CORNERS_K2).T
     total_N, _ = weighted_loss(law, whole_NK, weights)
     of_runs_M, _ = weighted_loss(law, proportions_MK, weights)
     levels = MaxNLocator(16).tick_values(min(best.total, of_runs_M.min()), of_runs_M.max())
     figure = _empty_figure(7.4, 6.2)
     axes = figure.add_subplot()
     _plain(axes, grid=False)
-    filled = axes.tricontourf(*(whole_NK @ _CORNERS_K2).T, total_N, levels=levels, cmap="cividis_r", extend="both")
-    axes.tricontour(*(whole_NK @ _CORNERS_K2).T, total_N, levels=levels[::2], colors="white", linewidths=0.5)
+    filled = axes.tricontourf(x_N, y_N, total_N, levels=levels, cmap="cividis_r", extend="both")
+    axes.tricontour(x_N, y_N, total_N, levels=levels[::2], colors="white", linewidths=0.5)
     axes.plot(*(proportions_MK @ _CORNERS_K2).T, "o", color=_INK, markeredgecolor="white", markersize=5, label="runs")
     if reference_K is not None:
         axes.plot(*(np.asarray(reference_K) @ _CORNERS_K2)[:, None], **_REFERENCE_STYLE, label="reference")
