@@ -61,7 +61,7 @@ STUDY = {
         positions=PositionConfig("fope", 1e4, 512), tie_word_embeddings=True,
     ),
 }  # fmt: skip
-DENSE = LanguageModelConfig(4096, 256, 4, 8, 4, 32, intermediate_size=768)
+DENSE = LanguageModelConfig(4096, 96, 4, 4, 2, 24, intermediate_size=256)
 PLAIN, REFRESH = "without new bases", "with new bases"
 PATIENCE = 30.0  # seconds for one step of a contender
 PERIOD = 10  # steps from one refresh of Mousse's bases to the next
@@ -331,7 +331,7 @@ def measure_ranks(rank: int, store: str, repeats: int, connection: Connection) -
         fully_shard(layer)
     fully_shard(model)
     for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
+        parameter.grad = parameter.detach().clone()  # random enough, and divided
     matrices = [p for group in matrix_groups(model) if group["kind"] == "matrix" for p in group["params"]]
     optimizers: dict[str, Optimizer] = {
         TORCH: torch.optim.Muon(matrices, lr=1e-6),
