@@ -148,7 +148,7 @@ class Mousse(MatrixOptimizer):
         sides = self.sides(layout.rows, layout.columns)
         if not sides or not layout.owned:
             return result
-        due = self._due(layout, step, live)
+        due = self._due(layout, step)
         for name in sides:
             outer = gradient @ gradient.mT if name == "left" else gradient.mT @ gradient
             self._learn(state, name, outer, live, due)
@@ -192,7 +192,7 @@ class Mousse(MatrixOptimizer):
             direction = self._direction(gradient, moment)
             moment.copy_(torch.where(live, moment * self.momentum + gradient, moment))
             state = self.state[layout.parameter]
-            due = self._due(layout, step, live[..., None])
+            due = self._due(layout, step)
             self._learn(state, "right", of_gradient[:, None].to(moment.dtype), live[..., None], due)
             basis, values = state["right_basis"][:, 0].double(), state["right_values"][:, 0].double()
             turn = basis * values.pow(-self.alpha)[:, None, :]
@@ -222,26 +222,24 @@ class Mousse(MatrixOptimizer):
 
     # -- preconditioners ---------------------------------------------------------------------------------------------
 
-    def _learn(self, state: dict[str, Tensor], name: str, outer: Tensor, live: Tensor, due: Tensor | None) -> None:
+    def _learn(self, state: dict[str, Tensor], name: str, outer: Tensor, live: Tensor, due: list[int]) -> None:
         """Takes G Gᵀ or GᵀG into the mean of one side, and computes bases that are due."""
         mean = state[name]
         mean.lerp_(outer, choose(live, 1 - self.beta, 0.0, mean.dtype))
-        if due is not None:
+        if due:
             means, bases, values = (
                 x.view(-1, *x.shape[2:]) for x in (mean, state[f"{name}_basis"], state[f"{name}_values"])
             )
             refresh(means, bases, values, due, self.eps)
 
-    def _due(self, layout: Layout, step: int, live: Tensor) -> Tensor | None:
-        """(owned · blocks,) which matrices' bases are computed in this step; None if none."""
+    def _due(self, layout: Layout, step: int) -> list[int]:
+        """Which matrices' bases are computed in this step."""
+        phase = 1 % self.refresh_every
         if self.stagger and step > 1:
-            numbers = torch.tensor(layout.numbers)
-            chosen = ((step + numbers) % self.refresh_every == 1 % self.refresh_every)[:, None]
-            if not bool(chosen.any()):
-                return None
-            return chosen.expand(-1, layout.blocks).reshape(-1).to(live.device)
-        on_grid = step % self.refresh_every == 1 % self.refresh_every
-        return live.new_ones(layout.owned * layout.blocks) if on_grid else None
+            entries = [e for e, n in enumerate(layout.numbers) if (step + n) % self.refresh_every == phase]
+        else:
+            entries = list(range(layout.owned)) if step % self.refresh_every == phase else []
+        return [entry * layout.blocks + block for entry in entries for block in range(layout.blocks)]
 
     def _turned(self, state: dict[str, Tensor], name: str, matrices: Tensor, into: bool) -> Tensor:
         """Into or out of the eigenbasis of one side, with λ^−α there."""
