@@ -415,3 +415,16 @@ def test_states_of_others_are_refused():
         grouped.load_state_dict(saved)
     with pytest.raises(ValueError, match="the state is of 1 parameters, the optimizer has 2"):
         Muon([nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("options", [{"side": "both"}, {"stagger": True, "refresh_every": 2}])
+def test_steps_can_be_planned_on_shapes(options):
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        parameters = [nn.Parameter(torch.zeros(3, 4, 6)), nn.Parameter(torch.zeros(5, 5)), nn.Parameter(torch.zeros(5))]
+        optimizer = Mousse(parameters, **options)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
