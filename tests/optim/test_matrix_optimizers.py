@@ -422,7 +422,7 @@ def test_steps_can_be_planned_on_shapes(options):
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode():
-        parameters = [nn.Parameter(torch.zeros(3, 4, 6)), nn.Parameter(torch.zeros(5, 5)), nn.Parameter(torch.zeros(5))]
+        parameters = [nn.Parameter(torch.zeros(3, 4, 6)), nn.Parameter(torch.zeros(5, 5))]
         optimizer = Mousse(parameters, **options)
         for _ in range(3):
             for parameter in parameters:
