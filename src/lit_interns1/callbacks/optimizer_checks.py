@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
+from torch.distributed.tensor import DTensor
 
 from lit_interns1.optim import fused_optimizers
 
@@ -25,6 +26,8 @@ UNUSABLE: dict[str, str] = {
     "and clipped; for less memory on the device use torchao.optim.AdamW8bit, or AdaLomo",
 }
 """Why optimizers of other packages cannot be used, by the name of their class."""
+LOW_BIT = ("Adam8bit", "AdamW8bit", "Adam4bit", "AdamW4bit", "AdamFp8", "AdamWFp8")
+"""torchao's optimizers that are refused where parameters are divided over ranks."""
 
 
 class OptimizerChecks(Callback):
@@ -34,9 +37,9 @@ class OptimizerChecks(Callback):
     gradients between backward and step says so with an attribute `reads_gradients`.
 
     Raises:
-        ValueError: For an optimizer in `UNUSABLE`, unless the module has a `backward` of its own; and for one that
-            updates in backward, with accumulation, `gradient_clip_val`, a loss scaler, a strategy that does not hand
-            over summed gradients, or a callback that reads them.
+        ValueError: For an optimizer in `UNUSABLE`, unless the module has a `backward` of its own; for one of `LOW_BIT`
+            over ranks; and for one that updates in backward, with accumulation, `gradient_clip_val`, a loss scaler, a
+            strategy that does not hand over summed gradients, or a callback that reads them.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,6 +48,12 @@ class OptimizerChecks(Callback):
             name = type(optimizer).__name__
             if name in UNUSABLE and type(pl_module).backward is LightningModule.backward:
                 raise ValueError(f"optimizer {name} {UNUSABLE[name]}")
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            if name in LOW_BIT and any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in parameters):
+                raise ValueError(
+                    f"optimizer {name} is for one device: over {trainer.world_size} ranks its steps were not those of "
+                    "one process; use AdamW, or AdaLomo for less memory"
+                )
         for optimizer in fused_optimizers(trainer.optimizers):
             for problem in _problems(trainer, pl_module):
                 raise ValueError(f"{type(optimizer).__name__} updates in backward: {problem}")
