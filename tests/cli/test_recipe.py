@@ -276,7 +276,7 @@ def test_one_search_gives_ratios_with_the_published_exponents(tmp_path, planned)
     found = planned(rates=several, count="active")
     assert found["peak_rate"]["value"] == pytest.approx(30 * (2 * found["active_parameters"]) ** -0.2 * 8200**-0.3)
     assert not any("rests on two sizes" in warning for warning in found["warnings"])
-    assert not any("another optimizer" in warning for warning in found["warnings"])
+    assert not any("another optimizer" in warning or "per step" in warning for warning in found["warnings"])
 
 
 def test_rates_that_are_not_bracketed(tmp_path, planned):
@@ -292,10 +292,14 @@ def test_rates_that_are_not_bracketed(tmp_path, planned):
         planned(rates=[str(tmp_path / "open")] * 2)
 
 
-def test_batch_sizes_on_several_ranks(tmp_path, planned):
+def test_batch_sizes_on_several_ranks(tmp_path, parsed, planned):
     law = batch_sizes(tmp_path / "law.json", rate=0.001)
     found = planned(batch_sizes=[law], ranks=2)
     assert [(step["tokens"], step["batch"]) for step in found["batch"]["steps"]] == [(0, 128), (4096, 256)]
+    parsed.config.trainer.num_nodes = 2
+    on_nodes = planned(batch_sizes=[law])
+    parsed.config.trainer.num_nodes = 1
+    assert on_nodes == found
     warnings = "\n".join(found["warnings"])
     assert "had the learning rate 0.001, planned is 0.006" in warnings
     assert "a pass has 128" in warnings
@@ -312,6 +316,9 @@ def test_bounds_of_the_mixture(tmp_path, planned):
     first = found["mixture"]["sources"][0]
     assert first["share"]["value"] == pytest.approx(0.4)
     assert first["limit"] == "cap"
+    for own, losses in zip((0.4, 0.6), found["mixture"]["losses"].values(), strict=True):
+        assert losses[0] == pytest.approx(1 + math.exp(-2 * own))
+    assert found["mixture"]["losses"]["salt"][1] == pytest.approx(1 + math.exp(-2 * 0.75))
     assert any("salt is at its cap of 0.400, read 2.19 times" in warning for warning in found["warnings"])
     # without `available` the sources are counted: whole rows
     one_sided = {"mixture": mixture, "weights": {"salt": 1, "stars": 0}}
