@@ -46,12 +46,16 @@ train: $(VENV)/ready ## train the tiny model (configs/pretrain/tiny.yaml), then 
 test: $(VENV)/ready ## run the tests (without those marked slow)
 	$(BIN)/python -m pytest
 
+# Kernels are compiled by one process while another runs the rest: each takes about a quarter of an hour of one core.
 # Without a network the tests that need this model are skipped, and say so; so are those of reasoning-gym, one of whose
 # packages is compiled from C.
 test-slow: $(VENV)/ready ## run the tests marked slow
 	-$(MAKE) --no-print-directory smollm2
 	-$(PIP) install --quiet --retries 1 --constraint constraints.txt --editable '.[parity,dev,rl,optimizers]'
-	$(BIN)/python -m pytest -m slow
+	@mkdir -p .cache
+	@$(BIN)/python -m pytest -m slow -p no:cacheprovider tests/kernels > .cache/slow-kernels.log 2>&1 & kernels=$$!; \
+	$(BIN)/python -m pytest -m slow --ignore=tests/kernels; others=$$?; \
+	wait $$kernels; kernels=$$?; cat .cache/slow-kernels.log; test $$others -eq 0 -a $$kernels -eq 0
 
 SMOLLM2 := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53

@@ -10,7 +10,7 @@ their parameters, whoever owned them, so checkpoints know nothing of the number 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -35,7 +35,7 @@ _ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
     "original": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
     "none": lambda rows, columns: 1.0,
 }
-_TOGETHER = 2**25  # numbers that are orthogonalised at once, at most (but at least one matrix)
+_TOGETHER = 2**25  # numbers on a rank that are computed at once, at most (but at least one parameter)
 _IN_FLIGHT = 2  # shapes whose gradients travel while another one is computed, at most
 
 
@@ -45,6 +45,11 @@ class Batch:
 
     layouts: list[Layout]
     exchange: RowExchange | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of all blocks, and columns."""
+        return self.layouts[0].blocks * self.layouts[0].rows, self.layouts[0].columns
 
     @property
     def shared(self) -> bool:
@@ -191,13 +196,20 @@ class MatrixOptimizer(Optimizer):
         return layouts
 
     def _form_batches(self) -> list[Batch]:
-        members: dict[Any, list[Layout]] = defaultdict(list)
-        for layout in self._layouts.values():
-            members[layout.group, layout.shared, layout.blocks, layout.rows, layout.columns].append(layout)
+        """Parameters of one shape; several batches where one would take too much memory."""
+        members: dict[Any, list[list[Layout]]] = defaultdict(lambda: [[]])
+        for parameter, layout in self._layouts.items():
+            shape = (layout.blocks, layout.rows, layout.columns, parameter.dtype)
+            parts = members[layout.group, layout.shared, *shape]
+            size = sum(local(other.parameter).numel() for other in parts[-1])
+            if parts[-1] and size + local(parameter).numel() > _TOGETHER:
+                parts.append([])
+            parts[-1].append(layout)
         batches = []
-        for (ranks, shared, *_), layouts in members.items():
-            owners = [owner for layout in layouts for owner in layout.owners]
-            batches.append(Batch(layouts, None if ranks is None or shared else RowExchange(ranks, owners)))
+        for (ranks, shared, *_), parts in members.items():
+            for layouts in parts:
+                owners = [owner for layout in layouts for owner in layout.owners]
+                batches.append(Batch(layouts, None if ranks is None or shared else RowExchange(ranks, owners)))
         return batches
 
     # -- a step --------------------------------------------------------------------------------------------------------
@@ -225,42 +237,40 @@ class MatrixOptimizer(Optimizer):
 
     def _step_matrices(self) -> None:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        away = [batch for batch in self._batches if batch.exchange is not None]
-        arriving: list[Pending] = []
-        leaving: list[Pending] = []
+        waiting = deque(batch for batch in self._batches if batch.exchange is not None)
+        arriving: deque[tuple[Batch, Pending]] = deque()
+        leaving: deque[tuple[Batch, Pending]] = deque()
 
-        def send(batch: Batch) -> None:
+        def send() -> None:
+            if waiting:
+                batch = waiting.popleft()
+                assert batch.exchange is not None
+                arriving.append((batch, batch.exchange.start_gather(batch.gradients(), batch.shape[0])))
+
+        def receive() -> None:
+            batch, pending = leaving.popleft()
             assert batch.exchange is not None
-            first = batch.layouts[0]
-            arriving.append(batch.exchange.start_gather(batch.gradients(), first.blocks * first.rows))
+            self._apply(batch, batch.exchange.finish_scatter(pending, *batch.shape), groups)
 
         sums = [(batch, self.start_shared(batch)) for batch in self._batches if batch.shared]
-        for batch in away[:_IN_FLIGHT]:
-            send(batch)
+        for _ in range(_IN_FLIGHT):
+            send()
         for batch in self._batches:  # what is whole here is computed while the first gradients travel
             if batch.exchange is None and not batch.shared:
-                updates = self._updates(batch, torch.stack(batch.gradients()), groups)
-                self._apply(batch, list(updates), groups)
+                self._apply(batch, self._updates(batch, torch.stack(batch.gradients()), groups).unbind(0), groups)
         for batch, pending in sums:
             step = groups[id(batch.layouts[0].parameter)]["steps"]
             self._apply(batch, self.finish_shared(batch, pending, step), groups)
-        for place, batch in enumerate(away):
+        while arriving:
+            batch, pending = arriving.popleft()
             assert batch.exchange is not None
-            first = batch.layouts[0]
-            rows = first.blocks * first.rows
-            gradients = batch.exchange.finish_gather(arriving[place], rows, first.columns)
-            if place + _IN_FLIGHT < len(away):
-                send(away[place + _IN_FLIGHT])
-            leaving.append(batch.exchange.start_scatter(self._updates(batch, gradients, groups)))
-            if place:
-                self._receive(away[place - 1], leaving[place - 1], groups)
-        if away:
-            self._receive(away[-1], leaving[-1], groups)
-
-    def _receive(self, batch: Batch, pending: Pending, groups: dict[int, dict[str, Any]]) -> None:
-        assert batch.exchange is not None
-        first = batch.layouts[0]
-        self._apply(batch, batch.exchange.finish_scatter(pending, first.blocks * first.rows, first.columns), groups)
+            gradients = batch.exchange.finish_gather(pending, *batch.shape)
+            send()
+            leaving.append((batch, batch.exchange.start_scatter(self._updates(batch, gradients, groups))))
+            if len(leaving) > 1:
+                receive()
+        while leaving:
+            receive()
 
     def _updates(self, batch: Batch, gradients: Tensor, groups: dict[int, dict[str, Any]]) -> Tensor:
         """(owned entries of all layouts, rows of all blocks, columns), with the factor for the shape.
@@ -287,10 +297,7 @@ class MatrixOptimizer(Optimizer):
         if self.polar == "svd" or matrices.numel() == 0:
             return polar_factor(matrices) if matrices.numel() else matrices
         dtype = self.compute_dtype or (torch.bfloat16 if matrices.is_cuda else matrices.dtype)
-        flat = matrices.view(-1, *matrices.shape[-2:])
-        together = max(_TOGETHER // (flat.shape[-2] * flat.shape[-1]), 1)
-        parts = [newton_schulz(part, self.coefficients, dtype) for part in flat.split(together)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(matrices.shape)
+        return newton_schulz(matrices, self.coefficients, dtype)
 
     def _apply(self, batch: Batch, updates: Sequence[Tensor], groups: dict[int, dict[str, Any]]) -> None:
         remaining = iter(updates)
@@ -301,8 +308,7 @@ class MatrixOptimizer(Optimizer):
                 continue
             weights = layout.weights()
             weights.mul_(1 - group["lr"] * group["weight_decay"])
-            for weight, update in zip(weights, mine, strict=True):
-                weight.add_(update, alpha=-group["lr"])
+            torch._foreach_add_(list(weights.unbind(0)), mine, alpha=-group["lr"])
 
     def _step_elementwise(self) -> None:
         groups = [group for group in self.param_groups if group["kind"] == "elementwise"]
