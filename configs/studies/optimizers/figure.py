@@ -134,7 +134,7 @@ def main(runs: Path, picture: Path) -> None:
         table(found, size)
         draw(found, axes, title)
     both[0].set_ylabel("Validation loss − AdamW's (nats per token)")
-    both[0].legend(frameon=False)
+    both[0].legend(frameon=False, loc="lower right")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=150)
 
